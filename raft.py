@@ -1,0 +1,662 @@
+"""RAFT++ (arXiv 2504.11343, the baseline of 2505.02391): rejection sampling with a uniform budget.
+The same number of responses for every problem; gvm_raft.py divides the budget by variance instead.
+
+One step is Algorithm 1 of the paper:
+  1. draw a batch of m problems;
+  2. E-step: choose how many responses nᵢ each problem gets out of the budget N (sample_counts);
+  3. draw them from the policy; verify_math.py accepts those that are right;
+  4. M-step: follow the gradient of their log-probabilities, weighted so that every problem counts
+     the same whatever its nᵢ (advantages), with RAFT++'s importance ratio and clip (Eq. 6).
+
+    python SCRIPT.py                                            # the embedded tiny model, one CPU
+    torchrun --standalone --nproc-per-node 8 SCRIPT.py --model Qwen/Qwen2.5-Math-1.5B ...
+
+The three scripts are equal but for sample_counts and advantages, on purpose. Left out, to stay one
+file: asynchronous sampling, tensor parallelism, learning-rate schedules, experiment trackers.
+Shapes: P problems, S responses of one problem (ragged: nᵢ), B responses of a batch, T tokens, K
+response tokens of a batch packed without padding, V vocabulary, D hidden size.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dcp_state
+import tyro
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import trange
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from allocator import uniform
+from verify_math import verify_batch
+
+TINY = Path(__file__).resolve().parent / "tiny"
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+INSTRUCTION = "Let's reason step by step and put the final answer within \\boxed{}."
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings; the defaults train the embedded tiny model on one CPU core in under two minutes."""
+
+    model: str = str(TINY / "model")  # Hugging Face folder or hub name, with a chat template
+    problems: str = str(TINY / "train.jsonl")  # .jsonl, .csv or .parquet file, or hub name[:split]
+    eval_problems: str = str(TINY / "test.jsonl")  # held-out problems, in the same formats
+    problem_column: str = "problem"  # column with the problem's text
+    answer_column: str = "answer"  # column with the right answer
+    max_prompt_tokens: int = 1024  # longer problems are dropped, with a count
+
+    steps: int = 10  # pairs of E-step and M-step; 0 only evaluates
+    problems_per_step: int = 64  # m, the batch of Algorithm 1
+    samples_per_problem: int = 8  # mean responses per problem, pilots included: N = this times m
+    temperature: float = 1.0  # of sampling, in training and evaluation
+    max_new_tokens: int = 64  # longest response
+    learning_rate: float = 3e-4  # AdamW, constant, weight decay 0.01, gradient norm clipped at 1
+    updates_per_step: int = 4  # optimiser updates a step, on disjoint mini-batches of problems
+    weighting: Literal["algorithm1", "reward", "token"] = "algorithm1"  # 1/|D_i|; 1/n_i; token mean
+    clip_low: float = 0.2  # ε_low of Eq. 6: importance ratios are clipped below 1 - this
+    clip_high: float = 0.28  # ε_high of Eq. 6: and above 1 + this
+    kl_coef: float = 0.0  # weight of the KL divergence from the starting model (k3 estimator)
+
+    eval_samples: int = 4  # k of Average@k and pass@k
+    eval_every: int = 0  # steps between evaluations; 0: only before and after training
+    save_every: int = 5  # steps between checkpoints
+    seed: int = 0  # of all random numbers
+    run_dir: str = ""  # folder of the run; default runs/<script>-<time>
+    resume: bool = False  # continue the run in --run-dir from its last checkpoint
+    sampler: Literal["auto", "torch", "vllm"] = "auto"  # auto: vllm where CUDA and vllm are there
+    tokens_per_batch: int = (
+        16384  # padded tokens of a micro-batch; the torch sampler holds 4 times it
+    )
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+
+
+class Problem(NamedTuple):
+    """A problem as the model sees it; index is its row in the file."""
+
+    index: int
+    prompt_ids: list[int]
+    answer: str
+
+
+@dataclass
+class Response:
+    """A response: its tokens, the sampler's log-probabilities of them, reward 1 if right else 0."""
+
+    prompt_ids: list[int]
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    reward: float
+    weight: float = 0.0  # of its log-probability in the objective
+    kl_weight: float = 0.0  # of its divergence from the starting model
+
+
+# ---- Settings and problems
+
+
+def refuse(sentence):
+    """Wrong input: one sentence on stderr and exit code 2."""
+    if RANK == 0:
+        print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check(cfg):
+    """Refuses settings that make no sense, before anything is loaded or written."""
+    positive = "problems_per_step samples_per_problem max_new_tokens updates_per_step "
+    positive += "eval_samples save_every"
+    least = dict.fromkeys(positive.split(), 1) | {"temperature": 0.01}
+    for name, value in asdict(cfg).items():
+        low = least.get(name, 0)
+        if not isinstance(value, str) and not low <= value < float("inf"):
+            refuse(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+    if cfg.updates_per_step > cfg.problems_per_step:
+        refuse("--updates-per-step exceeds --problems-per-step: every update needs a problem")
+    if cfg.sampler == "vllm" and not find_spec("vllm"):
+        refuse("--sampler vllm needs the package vllm: pip install vllm")
+    if cfg.resume and not (Path(cfg.run_dir) / "config.json").is_file():
+        refuse(f"--resume continues the run in --run-dir, but there is none in '{cfg.run_dir}'")
+
+
+def read_rows(path):
+    """The rows, as dicts, of a .jsonl, .csv or .parquet file or of a hub data set name[:split]."""
+    kind = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(path).suffix)
+    if kind and not Path(path).is_file():
+        refuse(f"{path}: no such file")
+    if kind == "json":
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+            try:
+                yield dict(json.loads(line))
+            except (ValueError, TypeError) as error:
+                refuse(f"{path}, line {number}: not a JSON object ({error})")
+        return
+    from datasets import load_dataset  # slow to import
+
+    name, _, split = path.partition(":")
+    source = {"path": kind, "data_files": path} if kind else {"path": name}
+    try:
+        yield from load_dataset(**source, split="train" if kind else split or "train")
+    except Exception as error:  # parsers and hub raise dozens of types
+        refuse(f"{path}: not a readable file or hub data set ({str(error).splitlines()[0]})")
+
+
+def load_problems(path, tokenizer, cfg):
+    """Problems through the model's chat template; over-long ones are dropped, with a count."""
+    problems = []
+    for index, row in enumerate(read_rows(path)):
+        for column in (cfg.problem_column, cfg.answer_column):
+            if column not in row:
+                refuse(f"{path}, line {index + 1}: no column '{column}', but {', '.join(row)}")
+            if row[column] is None or not str(row[column]).strip():
+                refuse(f"{path}, line {index + 1}: column '{column}' is empty")
+        message = {"role": "user", "content": f"{row[cfg.problem_column]}\n{INSTRUCTION}"}
+        prompt_ids = tokenizer.apply_chat_template(
+            [message], add_generation_prompt=True, return_dict=False
+        )
+        problems.append(Problem(index, prompt_ids, str(row[cfg.answer_column])))
+    kept = [p for p in problems if len(p.prompt_ids) <= cfg.max_prompt_tokens]
+    if RANK == 0 and len(kept) < len(problems):
+        print(f"{path}: dropped {len(problems) - len(kept)} problems of too many tokens")
+    return kept or refuse(f"{path}: holds no problem of at most {cfg.max_prompt_tokens} tokens")
+
+
+def next_problems(problems, step, cfg):
+    """The m problems of a step; every epoch has its own random order and full steps only."""
+    epoch, place = divmod(step, len(problems) // cfg.problems_per_step)
+    order = np.random.default_rng([cfg.seed, epoch]).permutation(len(problems))
+    return [problems[i] for i in order[place * cfg.problems_per_step :][: cfg.problems_per_step]]
+
+
+def load_pretrained(auto, name, **settings):
+    """A model or tokenizer from a folder or the hub, or one sentence that says why not."""
+    try:
+        return auto.from_pretrained(name, **settings)
+    except Exception as error:  # the hub raises dozens of types
+        refuse(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0]}")
+
+
+# ---- Sampling
+
+
+class TorchSampler:
+    """Draws responses with its own copy of the weights and transformers' cache, on any device."""
+
+    def __init__(self, cfg, tokenizer, device):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.model = load_pretrained(AutoModelForCausalLM, cfg.model, dtype=dtype).to(device).eval()
+        self.tokenizer, self.cfg, self.device = tokenizer, cfg, device
+        ends = [tokenizer.eos_token_id, self.model.generation_config.eos_token_id]  # or a list
+        self.ends = torch.tensor(np.hstack([end for end in ends if end is not None])).to(device)
+
+    def __call__(self, prompts, seeds):
+        """One response per prompt, from its own seed: [(token ids [T], log-probabilities [T])]."""
+        longest = max(map(len, prompts), default=0) + self.cfg.max_new_tokens
+        size = max(1, 4 * self.cfg.tokens_per_batch // longest)
+        starts = range(0, len(prompts), size)
+        return [r for i in starts for r in self.draw(prompts[i : i + size], seeds[i : i + size])]
+
+    def prefill(self, prompts):
+        """Cache, next logits and mask after the prompts, each run once, repeated per response."""
+        groups = [(prompt, len(list(group))) for prompt, group in groupby(prompts)]
+        longest = max(len(prompt) for prompt, _ in groups)
+        ids_PT = torch.tensor([[0] * (longest - len(p)) + p for p, _ in groups], device=self.device)
+        start_P = torch.tensor([longest - len(p) for p, _ in groups], device=self.device)
+        mask_PT = (torch.arange(longest, device=self.device) >= start_P[:, None]).long()
+        place_PT = (mask_PT.cumsum(-1) - 1).clamp(min=0)
+        out = self.model(ids_PT, mask_PT, position_ids=place_PT, use_cache=True, logits_to_keep=1)
+        row_B = torch.arange(len(groups)).repeat_interleave(torch.tensor([n for _, n in groups]))
+        row_B = row_B.to(self.device)
+        out.past_key_values.batch_select_indices(row_B)
+        return out.past_key_values, out.logits[row_B, -1], mask_PT[row_B]
+
+    @torch.inference_mode()
+    def draw(self, prompts, seeds):
+        """A batch of responses, each token by the inverse of its cumulative distribution."""
+        size, limit = len(prompts), self.cfg.max_new_tokens
+        cache, logit_BV, mask_BT = self.prefill(prompts)
+        # a uniform number in (0, 1] per token, from the response's own generator
+        uniform_BT = np.stack([1 - np.random.default_rng(s).random(limit, "f4") for s in seeds])
+        uniform_BT = torch.from_numpy(uniform_BT).to(self.device)
+        token_BT = torch.zeros(size, limit, dtype=torch.long, device=self.device)
+        logp_BT, live_B = uniform_BT.clone(), torch.arange(size, device=self.device)
+        length_B = torch.full_like(live_B, limit)
+        for t in trange(limit, desc="sample", leave=False, disable=RANK > 0):
+            logps_BV = (logit_BV.float() / self.cfg.temperature).log_softmax(-1)
+            cdf_BV = logps_BV.exp().cumsum(-1)
+            # the first token whose cumulative probability reaches the uniform number
+            token_B = (cdf_BV < uniform_BT[live_B, t, None] * cdf_BV[:, -1:]).sum(-1)
+            token_BT[live_B, t] = token_B
+            logp_BT[live_B, t] = logps_BV.gather(-1, token_B[:, None])[:, 0]
+            ended_B = torch.isin(token_B, self.ends)
+            length_B[live_B[ended_B]] = t + 1
+            if ended_B.any():  # drop the finished rows
+                keep = (~ended_B).nonzero()[:, 0]
+                live_B, token_B, mask_BT = live_B[keep], token_B[keep], mask_BT[keep]
+                cache.batch_select_indices(keep)
+            if len(live_B) == 0 or t + 1 == limit:
+                break
+            mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
+            place_B1 = mask_BT.sum(-1, keepdim=True) - 1
+            out = self.model(
+                token_B[:, None], mask_BT, position_ids=place_B1, past_key_values=cache
+            )
+            logit_BV = out.logits[:, -1]
+        token_BT, logp_BT = token_BT.cpu().numpy(), logp_BT.cpu().numpy()
+        return [(token_BT[b, :n], logp_BT[b, :n]) for b, n in enumerate(length_B.tolist())]
+
+    def load(self, policy):
+        """Copies the policy's weights, gathered from their shards."""
+        for target, weight in zip(self.model.parameters(), policy.parameters()):
+            target.data.copy_(weight.data.to(target.dtype).full_tensor())
+
+    def close(self):
+        """Nothing to shut down."""
+
+
+class VLLMSampler:
+    """Draws responses with vLLM, one engine per process beside the trainer."""
+
+    def __init__(self, cfg, tokenizer, device):
+        from vllm import LLM, SamplingParams
+
+        settings = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens, "logprobs": 0}
+        self.params = lambda seed: SamplingParams(seed=seed, **settings)
+        self.tokenizer = tokenizer
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.llm = LLM(
+            cfg.model,
+            distributed_executor_backend="external_launcher",
+            dtype=self.dtype,
+            max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
+            seed=cfg.seed,
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled
+            gpu_memory_utilization=0.4,  # the trainer needs the rest
+            enforce_eager=device.type != "cuda",
+        )
+
+    def __call__(self, prompts, seeds):
+        """One response per prompt, from its own seed: [(token ids [T], log-probabilities [T])]."""
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.llm.generate(requests, list(map(self.params, seeds)), use_tqdm=RANK == 0)
+        drawn = [(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs]
+        return [
+            (
+                np.array(ids),
+                np.array([at[i].logprob for i, at in zip(ids, logps)], "f4"),
+            )
+            for ids, logps in drawn
+        ]
+
+    def load(self, policy):
+        """Streams the weights into the engine, which forgets prefixes cached under the old ones."""
+        named = policy.model.named_parameters()
+        weights = ((name, weight.data.to(self.dtype).full_tensor()) for name, weight in named)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.reset_prefix_cache()
+
+    def close(self):
+        """Shuts the engine down, before the process group."""
+        dist.barrier()
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def sample(problem_P, count_P, sampler, progress, cfg, *, stream="train", kept_PS=None):
+    """Tops every problem up from its kept responses to count_P verified ones [P][S], on all ranks."""
+    response_PS = [list(kept_S) for kept_S in kept_PS] if kept_PS else [[] for _ in problem_P]
+    jobs = [(p, s) for p, n in enumerate(count_P) for s in range(len(response_PS[p]), n)]
+    # equal shares of responses, whatever the nᵢ: no rank waits for the hardest problems
+    share = jobs[len(jobs) * RANK // WORLD : len(jobs) * (RANK + 1) // WORLD]
+    name = int.from_bytes(stream.encode())  # pilots, training and evaluation share no random number
+    keys = [(cfg.seed, name, progress["step"], problem_P[p].index, s) for p, s in share]
+    seeds = [int(np.random.SeedSequence(key).generate_state(1)[0]) for key in keys]
+    drawn = sampler([problem_P[p].prompt_ids for p, _ in share], seeds)
+    texts = sampler.tokenizer.batch_decode([ids for ids, _ in drawn], skip_special_tokens=True)
+    rewards = verify_batch(texts, [problem_P[p].answer for p, _ in share])
+    mine = [
+        (p, Response(problem_P[p].prompt_ids, *ids_and_logps, float(reward)))
+        for (p, _), ids_and_logps, reward in zip(share, drawn, rewards)
+    ]
+    dist.all_gather_object(gathered := [None] * WORLD, mine)
+    for p, response in chain(*gathered):
+        response_PS[p].append(response)
+        progress["responses"] += stream != "eval"
+        progress["tokens"] += len(response.token_ids) * (stream != "eval")
+    return response_PS
+
+
+def evaluate(problems, sampler, progress, cfg):
+    """Average@k and pass@k, k = eval_samples, at the sampling temperature: metrics and a line."""
+    count_P = [cfg.eval_samples] * len(problems)
+    response_PS = sample(problems, count_P, sampler, progress, cfg, stream="eval")
+    reward_PS = np.array([[r.reward for r in response_S] for response_S in response_PS])
+    row = {"accuracy": reward_PS.mean().item(), "pass_at_k": reward_PS.max(-1).mean().item()}
+    line = (
+        f"held-out accuracy {row['accuracy']:.3f} | pass@{cfg.eval_samples} {row['pass_at_k']:.3f}"
+    )
+    return row, line
+
+
+# ---- Policy
+
+
+class Policy(torch.nn.Module):
+    """The model behind one forward pass, so that FSDP gathers the output head for it, too."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, measure, temperature):
+        """measure(states [K, D], targets [K], lengths [B], head, temperature) of B responses."""
+        head = self.model.get_output_embeddings()
+        ids_BT = pad_sequence([torch.tensor([*r.prompt_ids, *r.token_ids]) for r in batch], True)
+        # no mask: attention is causal and the padding on the right; h[t] predicts token t + 1
+        out = self.model.base_model(ids_BT.to(head.weight.device), use_cache=False)
+        rows = zip(out.last_hidden_state, batch)
+        hidden_KD = torch.cat([h[len(r.prompt_ids) - 1 :][: len(r.token_ids)] for h, r in rows])
+        target_K = torch.from_numpy(np.concatenate([r.token_ids for r in batch])).to(
+            hidden_KD.device
+        )
+        return measure(hidden_KD, target_K, [len(r.token_ids) for r in batch], head, temperature)
+
+
+def token_logprobs(hidden_KD, target_K, length_B, head, temperature, chunk=1024):
+    """Log-probability and entropy [K] of response tokens, with at most chunk rows of logits."""
+
+    def measure(hidden_KD, target_K):
+        logp_KV = (head(hidden_KD).float() / temperature).log_softmax(-1)
+        entropy_K = -(logp_KV.detach().exp() * logp_KV.detach()).sum(-1)
+        return logp_KV.gather(-1, target_K[:, None])[:, 0], entropy_K
+
+    pieces = zip(hidden_KD.split(chunk), target_K.split(chunk))
+    pairs = [checkpoint(measure, *piece, use_reentrant=False) for piece in pieces]
+    return [torch.cat(values) for values in zip(*pairs)]
+
+
+def load_policy(cfg, device):
+    """The model in float32, sharded over all processes; it computes in bf16 on CUDA."""
+    model = load_pretrained(AutoModelForCausalLM, cfg.model, dtype=torch.float32)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    policy = Policy(model).to(device).train(cfg.gradient_checkpointing)  # eval mode: no dropout
+    half = torch.bfloat16 if device.type == "cuda" else None
+    precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    mesh = dist.init_device_mesh(device.type, (WORLD,))
+    for module in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+    return fully_shard(policy, mesh=mesh, mp_policy=precision)
+
+
+def micro_batches(responses, budget):
+    """This rank's micro-batches, lists of indices: length-sorted, at most budget padded tokens.
+
+    FSDP's ranks step together, so every rank gets as many; an empty list is an idle turn.
+    """
+    size_B = [len(r.prompt_ids) + len(r.token_ids) for r in responses]
+    budget = min(budget, sum(size_B) // WORLD)  # work for every rank
+    batches = []
+    for i in sorted(range(len(responses)), key=lambda i: -size_B[i]):
+        if not batches or (len(batches[-1]) + 1) * size_B[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(i)
+    return (batches + [[]] * (-len(batches) % WORLD))[RANK::WORLD]
+
+
+# ---- E-step: how many responses
+
+
+def sample_counts(problem_P, policy, sampler, progress, cfg):
+    """nᵢ = N/m for every problem [P]; no pilots, no metrics."""
+    m = len(problem_P)
+    return uniform(m, m * cfg.samples_per_problem), None, {}
+
+
+# ---- M-step: what they teach
+
+
+def advantages(reward_PS, weighting):
+    """Weights [P][S]: each accepted response 1/|Dᵢ|, over m problems (Algorithm 1)."""
+    m, accepted = len(reward_PS), sum(reward_S.sum() for reward_S in reward_PS)
+    weigh = {
+        "algorithm1": lambda reward_S: reward_S / max(reward_S.sum(), 1) / m,
+        "reward": lambda reward_S: reward_S / len(reward_S) / m,
+        "token": lambda reward_S: reward_S / max(accepted, 1),
+    }
+    return [weigh[weighting](reward_S) for reward_S in reward_PS]
+
+
+def policy_loss(logp_K, old_logp_K, weight_K, clip_low, clip_high):
+    """Loss of every token [K]; old_logp_K are the sampler's own log-probabilities."""
+    ratio_K = (logp_K - old_logp_K).exp()  # sₜ: on-policy it is 1 in value but not in gradient
+    clipped_K = ratio_K.clamp(1 - clip_low, 1 + clip_high)
+    # min(sₜ A, clip(sₜ, 1 - ε_low, 1 + ε_high) A)                                            Eq. 6
+    return -torch.minimum(ratio_K * weight_K, clipped_K * weight_K)
+
+
+def weigh(response_PS, cfg):
+    """The responses of a mini-batch that have a gradient, with their weights fixed once for all."""
+    weight_PS = advantages([np.array([r.reward for r in s]) for s in response_PS], cfg.weighting)
+    return [
+        replace(response, weight=float(weight), kl_weight=1 / len(response_PS) / len(response_S))
+        for response_S, weight_S in zip(response_PS, weight_PS)
+        for response, weight in zip(response_S, weight_S)
+        if weight or cfg.kl_coef
+    ]
+
+
+def update(policy, reference, optimizer, response_PS, cfg):
+    """M-step: an optimiser update for each mini-batch of problems; its metrics on all ranks."""
+    device, grad_norms, sums = next(policy.parameters()).device, [], torch.zeros(5)
+    for part in np.array_split(np.arange(len(response_PS)), cfg.updates_per_step):
+        batch = weigh([response_PS[p] for p in part], cfg)
+        mean_length = np.mean([len(r.token_ids) for r in batch] or 1)  # makes the loss per token
+        for index in micro_batches(batch, cfg.tokens_per_batch):
+            micro = [batch[i] for i in index] or [replace(batch[0], weight=0.0, kl_weight=0.0)]
+            logp_K, entropy_K = policy(micro, token_logprobs, cfg.temperature)
+            old_K = torch.from_numpy(np.concatenate([r.logprobs for r in micro])).to(device)
+            weight_2B = torch.tensor([[r.weight, r.kl_weight] for r in micro]).T / mean_length
+            length_B = torch.tensor([len(r.token_ids) for r in micro])
+            weight_K, kl_weight_K = weight_2B.repeat_interleave(length_B, 1).to(device)
+            loss = policy_loss(logp_K, old_K, weight_K, cfg.clip_low, cfg.clip_high).sum()
+            kl = torch.zeros_like(loss)
+            if reference:
+                with torch.no_grad():
+                    reference_K, _ = reference(micro, token_logprobs, cfg.temperature)
+                gap_K = reference_K - logp_K
+                kl = ((gap_K.exp() - gap_K - 1) * kl_weight_K).sum()  # k3
+            ((loss + cfg.kl_coef * kl) * WORLD).backward()  # FSDP averages over ranks
+            means_K = torch.stack([entropy_K, (logp_K - old_K).abs(), torch.ones_like(old_K)])
+            sums += torch.stack([loss, kl, *(means_K * kl_weight_K).sum(-1)]).detach().cpu()
+        if batch:  # else nothing was accepted: nothing to learn
+            grad_norms.append(clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item())
+            if not np.isfinite(grad_norms[-1]):
+                raise SystemExit(
+                    "stopped: loss or gradient not finite; the last checkpoint is good"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+    dist.all_reduce(sums)
+    loss, kl, entropy, shift, total = sums.tolist()
+    metrics = {"loss": loss / cfg.updates_per_step, "kl": kl / cfg.updates_per_step}
+    metrics |= {"entropy": entropy / (total or 1), "logp_shift": shift / (total or 1)}
+    return metrics | {"grad_norm": np.mean(grad_norms or 0).item(), "updates": len(grad_norms)}
+
+
+# ---- Run
+
+
+def open_run(cfg):
+    """The run's folder; an existing one is neither written over nor resumed with other settings."""
+    script = Path(sys.argv[0]).stem
+    dist.broadcast_object_list(
+        name := [cfg.run_dir or f"runs/{script}-{time.strftime('%y%m%d-%H%M%S')}"]
+    )
+    folder = Path(name[0])
+    settings = {"script": script} | asdict(cfg) | {"run_dir": name[0], "resume": False}
+    if cfg.resume:
+        saved = json.loads((folder / "config.json").read_text())
+        changed = [f"{k} was {saved.get(k)}" for k in settings if saved.get(k) != settings[k]]
+        if changed:
+            refuse(f"--resume cannot change the settings of {folder}: {', '.join(changed)}")
+    elif RANK == 0:
+        if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+            refuse(f"--run-dir {folder} exists; choose another, or continue it with --resume")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return folder
+
+
+def save(folder, policy, optimizer, progress):
+    """Writes a checkpoint under another name, then renames it: it is whole or not there."""
+    done = folder / "checkpoint" / f"{progress['step']:06d}"
+    part = done.with_suffix(".part")
+    model, optim = dcp_state.get_state_dict(policy, optimizer)
+    dcp.save({"model": model, "optim": optim}, checkpoint_id=part)
+    if RANK == 0:
+        (part / "progress.json").write_text(json.dumps(progress))
+        part.rename(done)
+        for old in set(done.parent.iterdir()) - {done}:
+            shutil.rmtree(old)
+
+
+def restore(folder, policy, optimizer):
+    """Loads the last checkpoint if there is one, cuts metrics.jsonl to it, returns the progress."""
+    progress = {"step": 0, "responses": 0, "tokens": 0, "seconds": 0.0, "metrics_bytes": 0}
+    for done in sorted((folder / "checkpoint").glob("*[0-9]"))[-1:]:
+        model, optim = dcp_state.get_state_dict(policy, optimizer)
+        dcp.load({"model": model, "optim": optim}, checkpoint_id=done)
+        dcp_state.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+        progress = json.loads((done / "progress.json").read_text())
+    if RANK == 0:
+        with open(folder / "metrics.jsonl", "ab") as file:
+            file.truncate(progress["metrics_bytes"])
+    return progress
+
+
+def export(folder, policy, tokenizer):
+    """Writes the model in Hugging Face format."""
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp_state.get_model_state_dict(policy, options=options)
+    if RANK == 0:
+        weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+        policy.model.save_pretrained(folder / "model", state_dict=weights)
+        tokenizer.save_pretrained(folder / "model")
+
+
+def log(folder, progress, row, line):
+    """Appends a row to metrics.jsonl and prints a line."""
+    if RANK == 0:
+        row = {name: progress[name] for name in ("step", "responses", "tokens")} | row
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+            progress["metrics_bytes"] = file.tell()
+        print(f"step {progress['step']:4d} | {line}", flush=True)
+
+
+def summary(response_PS, row, progress):
+    """What a step's row and line say of its responses."""
+    counts = [len(response_S) for response_S in response_PS]
+    accepted = [int(sum(r.reward for r in response_S)) for response_S in response_PS]
+    row = {"counts": counts, "accepted": accepted, "reward": sum(accepted) / sum(counts)} | row
+    row["accept"] = np.divide(accepted, counts).mean().item()  # every problem counts the same
+    line = (
+        f"reward {row['reward']:.3f} | accept {row['accept']:.3f} | n {min(counts)}..{max(counts)}"
+    )
+    line += f" | variance {row.get('variance_ratio', 1):.2f}x | loss {row['loss']:+.3f}"
+    line += f" | grad {row['grad_norm']:.2f} | responses {progress['responses']:,}"
+    return row, line + f" | {sum(row['seconds'].values()):.1f} s"
+
+
+def start_processes(cfg):
+    """Joins the process group, of one without torchrun; returns this process's device."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {name: os.environ.get(name, value) for name, value in alone.items()}
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # 1 is best for tiny models
+    torch.manual_seed(cfg.seed)
+    transformers_logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("cpu:gloo,cuda:nccl")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def main(cfg):
+    """Algorithm 1."""
+    mark = time.perf_counter()
+    check(cfg)
+    device = start_processes(cfg)
+    tokenizer = load_pretrained(AutoTokenizer, cfg.model)
+    if not tokenizer.chat_template:
+        refuse(f"--model {cfg.model}: its tokenizer has no chat template")
+    problems = load_problems(cfg.problems, tokenizer, cfg)
+    eval_problems = load_problems(cfg.eval_problems, tokenizer, cfg)
+    if cfg.problems_per_step > len(problems):
+        refuse(f"--problems-per-step exceeds the {len(problems)} problems of {cfg.problems}")
+    has_vllm = device.type == "cuda" and find_spec("vllm") is not None
+    use_vllm = cfg.sampler == "vllm" or (cfg.sampler == "auto" and has_vllm)
+    sampler = (VLLMSampler if use_vllm else TorchSampler)(cfg, tokenizer, device)
+    policy = load_policy(cfg, device)
+    reference = load_policy(cfg, device) if cfg.kl_coef else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.learning_rate, weight_decay=0.01)
+    folder = open_run(cfg)
+    progress = restore(folder, policy, optimizer)
+    farewell = f"interrupted; the same command with --run-dir {folder} --resume continues"
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(farewell))
+    sampler.load(policy)
+    if progress["step"] == 0:
+        log(folder, progress, *evaluate(eval_problems, sampler, progress, cfg))
+
+    for step in range(progress["step"], cfg.steps):
+        clock = [time.perf_counter()]
+        problem_P = next_problems(problems, step, cfg)  # B_t: m problems
+        count_P, pilot_PS, row = sample_counts(problem_P, policy, sampler, progress, cfg)  # nᵢ
+        clock.append(time.perf_counter())
+        response_PS = sample(problem_P, count_P, sampler, progress, cfg, kept_PS=pilot_PS)  # y
+        clock.append(time.perf_counter())
+        row |= update(policy, reference, optimizer, response_PS, cfg)  # θ, by the weights of M
+        sampler.load(policy)  # the sampler draws from the new θ
+        clock.append(time.perf_counter())
+        row["seconds"] = dict(zip(("pilot", "sample", "update"), np.diff(clock).round(3).tolist()))
+        progress["step"] = step + 1
+        log(folder, progress, *summary(response_PS, row, progress))
+        last = step + 1 == cfg.steps
+        if last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
+            log(folder, progress, *evaluate(eval_problems, sampler, progress, cfg))
+        progress["seconds"], mark = (
+            progress["seconds"] + time.perf_counter() - mark,
+            time.perf_counter(),
+        )
+        if last or (step + 1) % cfg.save_every == 0:
+            save(folder, policy, optimizer, progress)
+
+    export(folder, policy, tokenizer)
+    if RANK == 0:
+        rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        accuracy = [row["accuracy"] for row in rows if "accuracy" in row]
+        print(f"accuracy_before: {accuracy[0]:.4f}\naccuracy_after: {accuracy[-1]:.4f}")
+        print(f"responses_total: {progress['responses']}\ntokens_total: {progress['tokens']}")
+        print(f"seconds_total: {progress['seconds'] + time.perf_counter() - mark:.1f}")
+    sampler.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
