@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain, groupby
 from pathlib import Path
@@ -83,9 +84,7 @@ class Config:
     run_dir: str = ""  # folder of the run; default runs/<script>-<time>
     resume: bool = False  # continue the run in --run-dir from its last checkpoint
     sampler: Literal["auto", "torch", "vllm"] = "auto"  # auto: vllm where CUDA and vllm are there
-    tokens_per_batch: int = (
-        16384  # padded tokens of a micro-batch; the torch sampler holds 4 times it
-    )
+    tokens_per_batch: int = 16384  # padded tokens of a micro-batch; a quarter of a sampler's batch
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
 
     pilot_samples: int = 2  # N' of Algorithm 2; 0: no pilot, the same n_i for every problem
@@ -169,17 +168,14 @@ def read_rows(path):
 
 def load_problems(path, tokenizer, cfg):
     """Problems through the model's chat template; over-long ones are dropped, with a count."""
-    problems = []
+    problems, encode = [], tokenizer.apply_chat_template
     for index, row in enumerate(read_rows(path)):
         for column in (cfg.problem_column, cfg.answer_column):
-            if column not in row:
-                refuse(f"{path}, line {index + 1}: no column '{column}', but {', '.join(row)}")
-            if row[column] is None or not str(row[column]).strip():
-                refuse(f"{path}, line {index + 1}: column '{column}' is empty")
+            if not str(row.get(column, "")).strip():
+                there = ", ".join(row)
+                refuse(f"{path}, row {index + 1}: column '{column}' is empty or not among {there}")
         message = {"role": "user", "content": f"{row[cfg.problem_column]}\n{INSTRUCTION}"}
-        prompt_ids = tokenizer.apply_chat_template(
-            [message], add_generation_prompt=True, return_dict=False
-        )
+        prompt_ids = encode([message], add_generation_prompt=True, return_dict=False)
         problems.append(Problem(index, prompt_ids, str(row[cfg.answer_column])))
     kept = [p for p in problems if len(p.prompt_ids) <= cfg.max_prompt_tokens]
     if RANK == 0 and len(kept) < len(problems):
@@ -264,10 +260,8 @@ class TorchSampler:
                 break
             mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
             place_B1 = mask_BT.sum(-1, keepdim=True) - 1
-            out = self.model(
-                token_B[:, None], mask_BT, position_ids=place_B1, past_key_values=cache
-            )
-            logit_BV = out.logits[:, -1]
+            step = {"position_ids": place_B1, "past_key_values": cache}
+            logit_BV = self.model(token_B[:, None], mask_BT, **step).logits[:, -1]
         token_BT, logp_BT = token_BT.cpu().numpy(), logp_BT.cpu().numpy()
         return [(token_BT[b, :n], logp_BT[b, :n]) for b, n in enumerate(length_B.tolist())]
 
@@ -286,33 +280,27 @@ class VLLMSampler:
     def __init__(self, cfg, tokenizer, device):
         from vllm import LLM, SamplingParams
 
-        settings = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens, "logprobs": 0}
-        self.params = lambda seed: SamplingParams(seed=seed, **settings)
-        self.tokenizer = tokenizer
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.tokenizer, on_gpu = tokenizer, device.type == "cuda"
+        self.dtype = torch.bfloat16 if on_gpu else torch.float32
+        limits = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
+        self.params = partial(SamplingParams, logprobs=0, **limits)
         self.llm = LLM(
             cfg.model,
-            distributed_executor_backend="external_launcher",
             dtype=self.dtype,
             max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
-            seed=cfg.seed,
+            distributed_executor_backend="external_launcher",  # torchrun's processes
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled
             gpu_memory_utilization=0.4,  # the trainer needs the rest
-            enforce_eager=device.type != "cuda",
+            enforce_eager=not on_gpu,
         )
 
     def __call__(self, prompts, seeds):
         """One response per prompt, from its own seed: [(token ids [T], log-probabilities [T])]."""
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = self.llm.generate(requests, list(map(self.params, seeds)), use_tqdm=RANK == 0)
-        drawn = [(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs]
-        return [
-            (
-                np.array(ids),
-                np.array([at[i].logprob for i, at in zip(ids, logps)], "f4"),
-            )
-            for ids, logps in drawn
-        ]
+        params = [self.params(seed=seed) for seed in seeds]
+        drawn = [o.outputs[0] for o in self.llm.generate(requests, params, use_tqdm=RANK == 0)]
+        logprobs = [[at[i].logprob for i, at in zip(d.token_ids, d.logprobs)] for d in drawn]
+        return [(np.array(d.token_ids), np.array(p, "f4")) for d, p in zip(drawn, logprobs)]
 
     def load(self, policy):
         """Streams the weights into the engine, which forgets prefixes cached under the old ones."""
@@ -328,7 +316,7 @@ class VLLMSampler:
 
 
 def sample(problem_P, count_P, sampler, progress, cfg, *, stream="train", kept_PS=None):
-    """Tops every problem up from its kept responses to count_P verified ones [P][S], on all ranks."""
+    """Tops every problem up from its kept responses to count_P verified ones: [P][S], all ranks."""
     response_PS = [list(kept_S) for kept_S in kept_PS] if kept_PS else [[] for _ in problem_P]
     jobs = [(p, s) for p, n in enumerate(count_P) for s in range(len(response_PS[p]), n)]
     # equal shares of responses, whatever the nᵢ: no rank waits for the hardest problems
@@ -357,9 +345,7 @@ def evaluate(problems, sampler, progress, cfg):
     response_PS = sample(problems, count_P, sampler, progress, cfg, stream="eval")
     reward_PS = np.array([[r.reward for r in response_S] for response_S in response_PS])
     row = {"accuracy": reward_PS.mean().item(), "pass_at_k": reward_PS.max(-1).mean().item()}
-    line = (
-        f"held-out accuracy {row['accuracy']:.3f} | pass@{cfg.eval_samples} {row['pass_at_k']:.3f}"
-    )
+    line = f"accuracy {row['accuracy']:.3f} | pass@{cfg.eval_samples} {row['pass_at_k']:.3f}"
     return row, line
 
 
@@ -376,14 +362,13 @@ class Policy(torch.nn.Module):
     def forward(self, batch, measure, temperature):
         """measure(states [K, D], targets [K], lengths [B], head, temperature) of B responses."""
         head = self.model.get_output_embeddings()
+        device = head.weight.device
         ids_BT = pad_sequence([torch.tensor([*r.prompt_ids, *r.token_ids]) for r in batch], True)
         # no mask: attention is causal and the padding on the right; h[t] predicts token t + 1
-        out = self.model.base_model(ids_BT.to(head.weight.device), use_cache=False)
+        out = self.model.base_model(ids_BT.to(device), use_cache=False)
         rows = zip(out.last_hidden_state, batch)
         hidden_KD = torch.cat([h[len(r.prompt_ids) - 1 :][: len(r.token_ids)] for h, r in rows])
-        target_K = torch.from_numpy(np.concatenate([r.token_ids for r in batch])).to(
-            hidden_KD.device
-        )
+        target_K = torch.from_numpy(np.concatenate([r.token_ids for r in batch])).to(device)
         return measure(hidden_KD, target_K, [len(r.token_ids) for r in batch], head, temperature)
 
 
@@ -514,7 +499,7 @@ def update(policy, reference, optimizer, response_PS, cfg):
     device, grad_norms, sums = next(policy.parameters()).device, [], torch.zeros(5)
     for part in np.array_split(np.arange(len(response_PS)), cfg.updates_per_step):
         batch = weigh([response_PS[p] for p in part], cfg)
-        mean_length = np.mean([len(r.token_ids) for r in batch] or 1)  # makes the loss per token
+        mean_length = np.mean([len(r.token_ids) for r in batch if r.weight] or 1)  # loss per token
         for index in micro_batches(batch, cfg.tokens_per_batch):
             micro = [batch[i] for i in index] or [replace(batch[0], weight=0.0, kl_weight=0.0)]
             logp_K, entropy_K = policy(micro, token_logprobs, cfg.temperature)
@@ -535,9 +520,7 @@ def update(policy, reference, optimizer, response_PS, cfg):
         if batch:  # else nothing was accepted: nothing to learn
             grad_norms.append(clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item())
             if not np.isfinite(grad_norms[-1]):
-                raise SystemExit(
-                    "stopped: loss or gradient not finite; the last checkpoint is good"
-                )
+                raise SystemExit("stopped: the gradient is not finite; the last checkpoint is good")
             optimizer.step()
             optimizer.zero_grad()
     dist.all_reduce(sums)
@@ -553,11 +536,10 @@ def update(policy, reference, optimizer, response_PS, cfg):
 def open_run(cfg):
     """The run's folder; an existing one is neither written over nor resumed with other settings."""
     script = Path(sys.argv[0]).stem
-    dist.broadcast_object_list(
-        name := [cfg.run_dir or f"runs/{script}-{time.strftime('%y%m%d-%H%M%S')}"]
-    )
+    name = [cfg.run_dir or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    dist.broadcast_object_list(name)  # the ranks' clocks may differ
     folder = Path(name[0])
-    settings = {"script": script} | asdict(cfg) | {"run_dir": name[0], "resume": False}
+    settings = {"script": script} | asdict(cfg) | {"run_dir": "", "resume": False}
     if cfg.resume:
         saved = json.loads((folder / "config.json").read_text())
         changed = [f"{k} was {saved.get(k)}" for k in settings if saved.get(k) != settings[k]]
@@ -624,10 +606,8 @@ def summary(response_PS, row, progress):
     accepted = [int(sum(r.reward for r in response_S)) for response_S in response_PS]
     row = {"counts": counts, "accepted": accepted, "reward": sum(accepted) / sum(counts)} | row
     row["accept"] = np.divide(accepted, counts).mean().item()  # every problem counts the same
-    line = (
-        f"reward {row['reward']:.3f} | accept {row['accept']:.3f} | n {min(counts)}..{max(counts)}"
-    )
-    line += f" | variance {row.get('variance_ratio', 1):.2f}x | loss {row['loss']:+.3f}"
+    line = f"reward {row['reward']:.3f} | accept {row['accept']:.3f} | loss {row['loss']:+.3f}"
+    line += f" | n {min(counts)}..{max(counts)} | variance {row.get('variance_ratio', 1):.2f}x"
     line += f" | grad {row['grad_norm']:.2f} | responses {progress['responses']:,}"
     return row, line + f" | {sum(row['seconds'].values()):.1f} s"
 
@@ -648,8 +628,8 @@ def start_processes(cfg):
 
 
 def main(cfg):
-    """Algorithm 1."""
-    mark = time.perf_counter()
+    """Prepares the run, then Algorithm 1, one line a line."""
+    start = time.perf_counter()
     check(cfg)
     device = start_processes(cfg)
     tokenizer = load_pretrained(AutoTokenizer, cfg.model)
@@ -672,15 +652,16 @@ def main(cfg):
     sampler.load(policy)
     if progress["step"] == 0:
         log(folder, progress, *evaluate(eval_problems, sampler, progress, cfg))
-
+        progress["seconds"] = time.perf_counter() - start
     for step in range(progress["step"], cfg.steps):
         clock = [time.perf_counter()]
         problem_P = next_problems(problems, step, cfg)  # B_t: m problems
-        count_P, pilot_PS, row = sample_counts(problem_P, policy, sampler, progress, cfg)  # nᵢ
+        # E-step: nᵢ responses for problem i, some of them drawn already, y ~ P(·|xᵢ)
+        count_P, pilot_PS, row = sample_counts(problem_P, policy, sampler, progress, cfg)
         clock.append(time.perf_counter())
-        response_PS = sample(problem_P, count_P, sampler, progress, cfg, kept_PS=pilot_PS)  # y
+        response_PS = sample(problem_P, count_P, sampler, progress, cfg, kept_PS=pilot_PS)
         clock.append(time.perf_counter())
-        row |= update(policy, reference, optimizer, response_PS, cfg)  # θ, by the weights of M
+        row |= update(policy, reference, optimizer, response_PS, cfg)  # M-step: θ
         sampler.load(policy)  # the sampler draws from the new θ
         clock.append(time.perf_counter())
         row["seconds"] = dict(zip(("pilot", "sample", "update"), np.diff(clock).round(3).tolist()))
@@ -689,10 +670,7 @@ def main(cfg):
         last = step + 1 == cfg.steps
         if last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             log(folder, progress, *evaluate(eval_problems, sampler, progress, cfg))
-        progress["seconds"], mark = (
-            progress["seconds"] + time.perf_counter() - mark,
-            time.perf_counter(),
-        )
+        progress["seconds"] += time.perf_counter() - clock[0]
         if last or (step + 1) % cfg.save_every == 0:
             save(folder, policy, optimizer, progress)
 
@@ -702,7 +680,7 @@ def main(cfg):
         accuracy = [row["accuracy"] for row in rows if "accuracy" in row]
         print(f"accuracy_before: {accuracy[0]:.4f}\naccuracy_after: {accuracy[-1]:.4f}")
         print(f"responses_total: {progress['responses']}\ntokens_total: {progress['tokens']}")
-        print(f"seconds_total: {progress['seconds'] + time.perf_counter() - mark:.1f}")
+        print(f"seconds_total: {progress['seconds']:.1f}")
     sampler.close()
     dist.destroy_process_group()
 
