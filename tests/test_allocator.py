@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import allocator
 from allocator import allocate, estimate, predicted_variance, uniform, weights
+from bench.pilot import SHAPES, simulate
 
 
 def cost(count_P, c_P):
@@ -273,11 +274,34 @@ def test_a_bad_pilot_is_a_value_error(change, complaint):
         estimate(**({"accepted_P": [1, 1], "drawn_P": [8, 8], "norm_P": [1, 1]} | change))
 
 
+@pytest.mark.parametrize("n_pilots", [2, 4, 8, 16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_smoothed_pilot_lies_between_the_oracle_and_the_papers_pilot(shape, n_pilots):
+    oracle, smoothed, papers = (
+        simulate(shape, prior, n_pilots, batches=10)[0] for prior in ("oracle", 1, 0)
+    )
+    assert oracle[0] < smoothed[0] < min(papers[0] + 0.03, 1.15)
+    assert oracle[0] < 0.9 and smoothed[2] == 0
+    if shape != SHAPES["easy (3, 0.6)"]:
+        assert papers[0] > 2 and papers[2] > 0.1  # dropped problems are what costs
+
+
+@pytest.mark.parametrize("name", ["long tail (0.65, 1.4)", "U-shaped (0.3, 0.5)", "easy (3, 0.6)"])
+@pytest.mark.parametrize("per_problem, n_pilots", [(8, 4), (16, 8), (32, 16)])
+def test_a_reused_pilot_beats_uniform_at_equal_cost_and_a_discarded_one_does_not(
+    name, per_problem, n_pilots
+):
+    options = {"per_problem": per_problem, "batches": 10}
+    reused, _ = simulate(SHAPES[name], 1, n_pilots, reuse=True, **options)
+    discarded, _ = simulate(SHAPES[name], 1, n_pilots, reuse=False, **options)
+    assert reused[0] < 0.95 and discarded[0] > 1.3
+
+
 def test_a_million_problems_take_at_most_half_a_cpu_second():
     rng = np.random.default_rng(0)
     p_P, G_P = rng.beta(0.65, 1.4, 10**6), rng.lognormal(0, 0.5, 10**6)
     seconds = []
-    for _ in range(3):
+    for _ in range(2):
         start = time.process_time()
         count_P = allocate(p_P, G_P, 8 * 10**6)
         seconds.append(time.process_time() - start)
