@@ -105,7 +105,7 @@ def test_problems_never_solved_or_without_a_gradient_weigh_nothing():
     assert allocate([0, 0.5, 0.5], [1, 0, 1], 8).tolist() == [0, 0, 8]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(SEEDS, st.integers(1, 4), st.integers(0, 9), st.sampled_from(list(NORMS)))
 def test_no_composition_of_the_budget_is_better(seed, size, budget, norms):
     rng = np.random.default_rng(seed)
@@ -125,7 +125,7 @@ def test_no_composition_of_the_budget_is_better(seed, size, budget, norms):
     assert cost(count_P, c_P) == pytest.approx((unserved, best), rel=1e-9)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=220, deadline=None)
 @given(TEN_CASES, st.sampled_from([(0.0, 2.0), (1e-3, 2.0), (1e-3, 3.5)]))
 def test_the_answer_is_that_of_greedy_one_response_at_a_time(ten_cases, alpha_beta):
     alpha, beta = alpha_beta
@@ -135,7 +135,7 @@ def test_the_answer_is_that_of_greedy_one_response_at_a_time(ten_cases, alpha_be
         assert count_P.tolist() == heap_greedy(c_P, one_case[2], low_P, high_P)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=220, deadline=None)
 @given(TEN_CASES)
 def test_no_move_of_one_response_helps(ten_cases):
     for one_case in ten_cases:
