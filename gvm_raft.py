@@ -46,7 +46,7 @@ from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from allocator import allocate, estimate, predicted_variance, uniform
+from allocator import allocate, estimate, predicted_variance
 from verify_math import verify_batch
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -87,7 +87,7 @@ class Config:
     tokens_per_batch: int = 16384  # padded tokens of a micro-batch; a quarter of a sampler's batch
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
 
-    pilot_samples: int = 2  # N' of Algorithm 2; 0: no pilot, the same n_i for every problem
+    pilot_samples: int = 4  # N' of Algorithm 2; 0: no pilot, the same n_i for every problem
     reuse_pilot: bool = True  # pilots are training responses; if not, N more are drawn (the paper)
     prior: float = 1.0  # strength of the prior on p_i, in responses; 0 is the paper's estimate
     alpha: float = 1e-3  # α of Eq. 7: keeps n_i bounded as p_i goes to 0
@@ -441,9 +441,10 @@ def head_grad_norms(hidden_KD, target_K, length_B, head, temperature, chunk=2**2
 @torch.no_grad()
 def sample_counts(problem_P, policy, sampler, progress, cfg):
     """nᵢ of every problem [P], the pilots to train on, and metrics (Algorithm 2, Proposition 1)."""
-    m, pilots, budget = len(problem_P), cfg.pilot_samples, len(problem_P) * cfg.samples_per_problem
+    m, pilots = len(problem_P), cfg.pilot_samples  # N'
+    uniform_P = [cfg.samples_per_problem] * m
     if pilots == 0:
-        return uniform(m, budget), None, {}
+        return uniform_P, None, {}
     stream = "train" if cfg.reuse_pilot else "pilot"
     pilot_PS = sample(problem_P, [pilots] * m, sampler, progress, cfg, stream=stream)
     accepted_P = [int(sum(r.reward for r in pilot_S)) for pilot_S in pilot_PS]
@@ -457,9 +458,9 @@ def sample_counts(problem_P, policy, sampler, progress, cfg):
     norm_P = [square_S.mean().sqrt().item() for square_S in square_B.split(accepted_P)]
     accept_P, norm_P = estimate(accepted_P, [pilots] * m, norm_P, cfg.prior)  # pᵢ, Gᵢ
     penalty, least = {"alpha": cfg.alpha, "beta": cfg.beta}, pilots if cfg.reuse_pilot else 0
-    count_P = allocate(accept_P, norm_P, budget, minimum=least, **penalty)  # nᵢ, Prop. 1
+    count_P = allocate(accept_P, norm_P, sum(uniform_P), minimum=least, **penalty)  # nᵢ, Prop. 1
     variance = predicted_variance(count_P, accept_P, norm_P, **penalty)
-    ratio = variance / predicted_variance(uniform(m, budget), accept_P, norm_P, **penalty)
+    ratio = variance / predicted_variance(uniform_P, accept_P, norm_P, **penalty)
     metrics = {"variance": variance, "variance_ratio": ratio, "accept_rates": accept_P.tolist()}
     return count_P, pilot_PS if cfg.reuse_pilot else None, metrics
 

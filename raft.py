@@ -44,7 +44,6 @@ from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from allocator import uniform
 from verify_math import verify_batch
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -408,8 +407,7 @@ def micro_batches(responses, budget):
 
 def sample_counts(problem_P, policy, sampler, progress, cfg):
     """nᵢ = N/m for every problem [P]; no pilots, no metrics."""
-    m = len(problem_P)
-    return uniform(m, m * cfg.samples_per_problem), None, {}
+    return [cfg.samples_per_problem] * len(problem_P), None, {}
 
 
 # ---- M-step: what they teach

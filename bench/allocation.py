@@ -1,6 +1,6 @@
 """Time and loss of allocate beside a plain loop over Prop. 1 and a heap. Prints markdown tables.
 
-Run: python bench/allocator.py   (three minutes on one core; times are CPU-seconds, best of 3 or 1)
+Run: python bench/allocation.py   (three minutes on one core; times are CPU-seconds, best of 3 or 1)
 """
 
 import heapq
