@@ -183,7 +183,8 @@ def load_pretrained(auto, name, **settings):
     try:
         return auto.from_pretrained(name, **settings)
     except Exception as error:  # the hub raises dozens of types
-        refuse(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0]}")
+        reason = str(error).strip().splitlines()[0]
+        refuse(f"--model {name} is no folder or hub name of a model that loads ({reason})")
 
 
 # ---- Sampling
@@ -448,7 +449,8 @@ def update(policy, reference, optimizer, response_PS, cfg):
     device, grad_norms, sums = next(policy.parameters()).device, [], torch.zeros(5)
     for part in np.array_split(np.arange(len(response_PS)), cfg.updates_per_step):
         batch = weigh([response_PS[p] for p in part], cfg)
-        mean_length = np.mean([len(r.token_ids) for r in batch if r.weight] or 1)  # loss per token
+        weighted = [r for r in batch if r.weight] or batch
+        mean_length = np.mean([len(r.token_ids) for r in weighted] or 1)  # makes the loss per token
         for index in micro_batches(batch, cfg.tokens_per_batch):
             micro = [batch[i] for i in index] or [replace(batch[0], weight=0.0, kl_weight=0.0)]
             logp_K, entropy_K = policy(micro, token_logprobs, cfg.temperature)
