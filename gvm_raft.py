@@ -326,7 +326,7 @@ def sample(problem_P, count_P, sampler, progress, cfg, *, stream="train", kept_P
     keys = [(cfg.seed, name, progress["step"], problem_P[p].index, s) for p, s in share]
     seeds = [int(np.random.SeedSequence(key).generate_state(1)[0]) for key in keys]
     drawn = sampler([problem_P[p].prompt_ids for p, _ in share], seeds)
-    texts = sampler.tokenizer.batch_decode([ids for ids, _ in drawn], skip_special_tokens=True)
+    texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in drawn]
     rewards = verify_batch(texts, [problem_P[p].answer for p, _ in share])
     mine = [
         (p, Response(problem_P[p].prompt_ids, *ids_and_logps, float(reward)))
@@ -461,7 +461,8 @@ def sample_counts(problem_P, policy, sampler, progress, cfg):
     penalty, least = {"alpha": cfg.alpha, "beta": cfg.beta}, pilots if cfg.reuse_pilot else 0
     count_P = allocate(accept_P, norm_P, sum(uniform_P), minimum=least, **penalty)  # nᵢ, Prop. 1
     variance = predicted_variance(count_P, accept_P, norm_P, **penalty)
-    ratio = variance / predicted_variance(uniform_P, accept_P, norm_P, **penalty)
+    baseline = predicted_variance(uniform_P, accept_P, norm_P, **penalty)
+    ratio = variance / baseline if baseline else 1.0  # nothing accepted: the allocation is uniform
     metrics = {"variance": variance, "variance_ratio": ratio, "accept_rates": accept_P.tolist()}
     return count_P, pilot_PS if cfg.reuse_pilot else None, metrics
 
@@ -611,9 +612,10 @@ def summary(response_PS, row, progress):
     counts = [len(response_S) for response_S in response_PS]
     accepted = [int(sum(r.reward for r in response_S)) for response_S in response_PS]
     row = {"counts": counts, "accepted": accepted, "reward": sum(accepted) / sum(counts)} | row
-    row["accept"] = np.divide(accepted, counts).mean().item()  # every problem counts the same
+    row["accept"] = np.mean([a / n for a, n in zip(accepted, counts) if n]).item()  # per problem
     line = f"reward {row['reward']:.3f} | accept {row['accept']:.3f} | loss {row['loss']:+.3f}"
     line += f" | n {min(counts)}..{max(counts)} | variance {row.get('variance_ratio', 1):.2f}x"
+    line += "" if any(accepted) else " | nothing accepted, no update"
     line += f" | grad {row['grad_norm']:.2f} | responses {progress['responses']:,}"
     return row, line + f" | {sum(row['seconds'].values()):.1f} s"
 
