@@ -1,15 +1,15 @@
-r"""Is the boxed answer of a response right?  Rules first, math-verify second, and never in the caller.
+r"""Is the boxed answer of a response right?  Rules first, math-verify second, never in the caller.
 
-1. Extract    the last balanced \boxed or \fbox. Boxes with only punctuation, "and" or "or" between them
-              form one list; with other text between them the last one wins (a self-correction).
+1. Extract    the last balanced \boxed or \fbox. Boxes with only punctuation, "and" or "or" between
+              them form a list; with other text between them the last one wins (a self-correction).
               No box is wrong: in training the format is part of the task.
-2. Decide     equal spellings are right. Arithmetic is computed, exactly while it is rational, with each
-              variable set to two values: numbers that differ are wrong, equal rationals are right.
-3. Fall back  on math-verify for the rest, in a worker process that imports it once and forks a child
-              for each answer; the kernel bounds the child's memory and kills it at its deadline.
+2. Decide     equal spellings are right. Arithmetic is computed, exactly while it is rational, each
+              variable at two values: numbers that differ are wrong, equal rationals are right.
+3. Fall back  on math-verify for the rest, in a worker that imports it once and has a child answer;
+              the kernel bounds the child's memory and kills it at its deadline.
 
-Nothing in an answer is evaluated as code. The worker is this file run as a script, so the caller's main
-module is not imported again and needs no guard. POSIX only (fork).
+Nothing in an answer is evaluated as code. The worker is this file run as a script, so the caller's
+main module is not imported again and needs no guard. POSIX only (fork).
 
     python verify_math.py --response 'So it is \boxed{\frac12}.' --gold 0.5
     python verify_math.py answers.jsonl          # lines of {"response": ..., "gold": ...}
@@ -46,10 +46,8 @@ FONT = r"\\(?:text\w*|[mh]box|math(?:rm|bf|it|sf)|operatorname)\*? *\{ *"
 SPELLING = [  # in this order: one spelling for what has several
     (r"(?<!\.\.)[\s.,;:]+$", ""),
     (r"\\\$|^\$(?=[\d. ,]+$)", r"\\text{dollar}"),
-    (
-        r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|h?phantom|approx)(?![a-zA-Z])|\$|\\! *|\*\*$",
-        "",
-    ),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|h?phantom|approx)(?![a-zA-Z])", ""),
+    (r"\$|\\! *|\*\*$", ""),
     (r"(\\\\)|\\[,;: ]|\\q?quad(?![a-z])|~|\s+", r"\1 "),
     (r"\\(?:boxed|fbox) *\{", "{"),
     (r"^ *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\} *$", r"\1"),
@@ -71,33 +69,35 @@ SPELLING = [  # in this order: one spelling for what has several
     (r"\\[dtc]frac", r"\\frac"),
     (r"(?<![\d.}^_/])(\d+) *(\\frac *\{\d+\} *\{\d+\}|(?<= )\d+/\d+$)", r"(\1+\2)"),
     (r"(?<=\d)[eE]([-+]?\d+)$", r"*10^{\1}"),
+    (r"\\sqrt *\[([357])\] *\{ *-([^{}+-]*)\}", r"-\\sqrt[\1]{\2}"),
     (r"\\sqrt *\[(\d+)\] *(\{(?:[^{}]|\{[^{}]*\})*\})", r"(\2)^{1/\1}"),
-    (r"([^,=(]*)\\pm([^,=)]*)", r"\1+\2,\1-\2"),
+    (r"((?:\\[^{}]|[^,=(\\])*)\\pm((?:\\[^{}]|[^,=)\\])*)", r"\1+\2,\1-\2"),
 ]
 SPELLING = [(re.compile(pattern), new) for pattern, new in SPELLING]
 SIGN = (
     "−- –- ⁻^{-} ×* ÷/ ·* ≤\\le_ ≥\\ge_ ∞\\infty_ π\\pi_ √\\sqrt_ ∪\\cup_ 、, 。. °° €\\text{euro}"
 )
 SIGN = {pair[0]: pair[1:].replace("_", " ") for pair in SIGN.split()}
-UNIT = """cm centimeter|m meter|mm millimeter|km kilometer|in inch inche|ft foot feet|g gram|kg kilogram
-|s sec second|min minute|h hr hour|day|cent|dollar|euro|degree deg|rad radian|percent|a.m am|p.m pm"""
+UNIT = """cm centimeter|m meter|mm millimeter|km kilometer|in inch inche|ft foot feet|g gram|day
+|kg kilogram|s sec second|min minute|h hr hour|cent|dollar usd|euro|degree deg|rad radian|percent
+|a.m am|p.m pm"""
 UNIT = {name: group.split()[0] for group in UNIT.split("|") for name in group.split()}
 AFTER = re.compile(
     r"(.*[^ (,=+*/^-]) *\\text\{(?:square |cubic |sq |cu )?([^{}/^ ]*)[^{}]*\}(?:\^\{?\d\}?)?"
-    r"|([-+]?[\d.,/ ]*\d) *(?:square |cubic |sq |cu )?([^\W\d_a-zA-Z]|[^\W\d_]{2}[^\W\d_]*)(?:[ ./][^\W\d_]+)*\.?(?:\^\{?\d\}?)?"
+    r"|([-+]?[\d.,/ ]*\d) *(?:square |cubic |sq |cu )?([^\W\d_a-zA-Z]|[^\W\d_]{2}[^\W\d_]*)"
+    r"(?:[ ./][^\W\d_]+)*\.?(?:\^\{?\d\}?)?"
 )
 NAME = re.compile(r"(?=\\?[A-Za-z])[\w\\{}'|: ]*(?:\^\{-1\})?(?:\([^=()]*\))?|[^a-zA-Z]*")
 RELATION = re.compile(r"[<>]|\\[lg]e(?![a-z])")
 BASE = re.compile(r"0*([0-9A-F]*\d[0-9A-F]*) *_ *\{?(\d+)\}?")
 WORD = re.compile(r"\\text\{|(?<![\\a-zA-Z{])[A-Za-z]{4}")
-TOKEN = re.compile(
-    r"\\sqrt *\[|\d+\.?\d*|\.\d+|\\(?:begin|end) *\{[pb]?matrix\}|\\[a-zA-Z]+|\\.|[a-zA-Z](?:_\w)?|\S"
-)
-PYTHON = dict(
-    zip("^ ; & \\\\ \\cup { } [ ] \\{ \\}".split(), "** , , , , ( ) ( ) ( )".split(), strict=True)
-)
-PYTHON |= {"\\cdot": "*", "\\times": "*", "\\div": "/"} | {c: c for c in "+-*/(),"}
-SYMBOL = "frac sqrt pi infty alpha beta gamma delta theta lambda mu phi omega sigma rho".split()
+TOKEN = r"\d+\.?\d*|\.\d+|\\(?:begin|end) *\{[pb]?matrix\}|\\sqrt *\[|\\[a-zA-Z]+|\\."
+TOKEN = re.compile(TOKEN + r"|[a-zA-Z](?:_\w)?|\S")
+PYTHON = {"^": "**", ";": ",", "&": ",", "\\\\": ",", "\\cup": ",", "\\cdot": "*", "\\times": "*"}
+PYTHON |= {"{": "(", "}": ")", "[": "(", "]": ")", "\\{": "(", "\\}": ")", "\\div": "/"}
+PYTHON |= {sign: sign for sign in "+-*/(),"}
+SYMBOL = ["frac", "sqrt", "pi", "infty", "alpha", "beta", "gamma", "delta", "theta", "lambda", "mu"]
+SYMBOL += ["phi", "omega", "sigma", "rho"]
 CONSTANT = {"pi": pi, "e": e, "i": 1j, "infty": float("inf")}
 OPERATOR = {
     ast.Add: operator.add,
@@ -134,7 +134,7 @@ def extract_answer(response: str) -> str | None:
 
 
 def _plain(char):
-    """A digit of any script, a full-width form or a mathematical sign in its ASCII or LaTeX spelling."""
+    """A digit of any script, a full-width form or a sign in its ASCII or LaTeX spelling."""
     plain = unicodedata.normalize("NFKC", char)
     if "\u2044" in plain:  # one character for a fraction
         return "\\frac{{{}}}{{{}}}".format(*plain.split("\u2044"))
@@ -177,7 +177,7 @@ def spell(answer):
 
 @lru_cache(4096)
 def numbers(text):
-    r"""The numbers in arithmetic or in a list of it, at two points; () for other texts, None for a bomb.
+    r"""The numbers in arithmetic or a list of it, at two points; () for others, None for bombs.
 
     The text becomes a Python expression, for the sake of its syntax tree only: it is never run.
 
@@ -190,12 +190,12 @@ def numbers(text):
             token = f"'{token}'"
         elif token in PYTHON or token[:6] == "\\begin" or token[:4] == "\\end":
             token = PYTHON.get(token) or (")" if token[:4] == "\\end" else "(")
-        elif token.lstrip("\\") in SYMBOL or token[0].isalpha() and token.isascii():
+        elif token.lstrip("\\") in SYMBOL or (token[0].isalpha() and token.isascii()):
             token = token.lstrip("\\")
         else:
             return ()
         if token[0] not in "+-*/)," and code and (code[-1] in "')" or code[-1].isalnum()):
-            if token[0] == "'" or code[-1] in "fghFGHPQ" and token == "(":
+            if token[0] == "'" or (code[-1] in "fghFGHPQ" and token == "("):
                 return ()
             code += "" if code[-4:] in SYMBOL[:2] else "*"
         code += token
@@ -247,7 +247,7 @@ def _bits(value):
 
 
 def _near(a, b, decimal):
-    """Equality of two numbers; a decimal may be rounded to six places, or six digits of an endless value."""
+    """Equality; a decimal may be rounded to six places, or to six digits of an endless value."""
     exact = isinstance(a, Fraction) and isinstance(b, Fraction)
     if a == b or (exact and not decimal):
         return a == b
@@ -297,18 +297,20 @@ def compare(answer, gold, solve=lambda answer, gold: None):
         part = (f"({a})/100", b) if unit_a else (a, f"({b})/100")
         verdicts = compare(a, b, solve), compare(*part, solve)
         return True if True in verdicts else None if None in verdicts else False
-    if ("cup" in a and "cup" not in b and "," in b) or ("cup" in b and "cup" not in a and "," in a):
-        return solve(a, b)  # [0, 1] and [1, 2] make [0, 2], whose numbers are others
-    for x, y in zip(numbers(a) or (), numbers(b) or (), strict=False):
-        for p, q in ((x, y), (y, x)):
-            if not all(any(_near(v, w, "." in a + b) for w in q) for v in p):
-                return False
-        sure = len(x) == len(y) == 1 and (
-            "." in a + b or isinstance(x[0], Fraction) and isinstance(y[0], Fraction)
-        )
-    if numbers(a) is None or numbers(b) is None:
+    x, y, decimal = numbers(a), numbers(b), "." in a + b
+    if x is None or y is None:
         return False
-    return True if numbers(a) and numbers(b) and sure else solve(a, b)
+    for p, q, union in [
+        (x, y, "cup" in a and "cup" not in b),
+        (y, x, "cup" in b and "cup" not in a),
+    ]:
+        for here, there in zip(p, q, strict=False):  # both points, unless one side has none
+            # the parts of a union may meet: the numbers of [0, 1] and [1, 2] are not all in [0, 2]
+            if not union and not all(any(_near(v, w, decimal) for w in there) for v in here):
+                return False
+    single = x and y and len(x[0]) == len(y[0]) == 1
+    exact = single and isinstance(x[0][0], Fraction) and isinstance(y[0][0], Fraction)
+    return True if exact or (single and decimal) else solve(a, b)
 
 
 def verify(response: str, gold: str) -> bool:
@@ -336,7 +338,7 @@ os.register_at_fork(after_in_child=_idle.clear)
 
 
 def _fall_back(pairs, verdicts, timeout):
-    """Let workers fill in the verdicts, one pair at a time each; a worker that dies loses one pair."""
+    """Let workers fill in the verdicts, one pair at a time; a worker that dies loses one pair."""
     todo, busy, poll = pairs[::-1], {}, select.poll()
     share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
@@ -399,7 +401,7 @@ def _stop_all():
 
 
 def _serve():
-    """The worker: import math-verify, fork a child that answers, and another whenever that one dies."""
+    """The worker: import math-verify, fork a child that answers, and another when that one dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     out = os.dup(1)
     os.dup2(2, 1)
@@ -431,7 +433,7 @@ def _serve():
 
 
 def _answer(solve, asked, out):
-    for line in open(0, "rb", buffering=0):
+    for line in iter(os.fdopen(0, "rb", buffering=0).readline, b""):
         asked[0] = 1
         timeout, deadline, *pair = json.loads(line)
         left = max(timeout / 2, min(timeout, deadline - time.monotonic()))

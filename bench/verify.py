@@ -1,8 +1,9 @@
-r"""Throughput of verify_batch beside plain math-verify on the full text, one core each, and who is right.
+r"""Throughput of verify_batch beside plain math-verify on the full text, one core each.
 
-Eight responses to a problem: four right ones in different formats, three wrong ones (a digit or a sign changed,
-or the answer to another problem), and a malformed one. The reasoning is the data's solution where there is one,
-else the problem restated. Both verifiers see the same responses, in turns, pinned to the same core.
+Eight responses to a problem: four right ones in different formats, three wrong ones (a digit
+changed, or the answer to another problem), and a malformed one. The reasoning is the data's
+solution where there is one, else the problem restated. Both verifiers see the same responses, in
+turns, pinned to the same core. Where they disagree, the label of the response says who is right.
 
     python bench/verify.py data/gsm8k_test.jsonl data/math500.jsonl
 """
@@ -75,7 +76,7 @@ def plain(response, gold):
 def measure(path, problems, seed):
     """Print throughput and disagreements for one file."""
     generator = random.Random(seed)
-    rows = [json.loads(line) for line in Path(path).open(encoding="utf-8")]
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     cases = list(make_responses(generator.sample(rows, min(problems, len(rows))), generator))
     seconds, found = (
         {"math-verify": 0.0, "verify_math": 0.0},
@@ -90,12 +91,12 @@ def measure(path, problems, seed):
         seconds["math-verify"] += middle - begin
         seconds["verify_math"] += time.perf_counter() - middle
     print(
-        f"\n{Path(path).stem}: {len(cases)} responses, {sum(case[2] for case in cases)} of them right"
+        f"\n{Path(path).stem}: {len(cases)} responses, {sum(case[2] for case in cases)} right ones"
     )
     for name, verdicts in found.items():
         errors = [verdict != case[2] for verdict, case in zip(verdicts, cases, strict=True)]
         print(
-            f"{name}: {len(cases) / seconds[name]:,.0f} responses/s, {sum(errors)} verdicts unlike the label"
+            f"{name}: {len(cases) / seconds[name]:,.0f} responses/s, {sum(errors)} verdicts wrong"
         )
     print(f"ratio: {seconds['math-verify'] / seconds['verify_math']:.1f}")
     pairs = {(extract_answer(case[0]), case[1]) for case in cases} - {
@@ -109,9 +110,7 @@ def measure(path, problems, seed):
         boxless += ours != theirs and not answer
         if ours != theirs and answer:
             who = "verify_math" if ours == right else "math-verify"
-            print(
-                f"  {who} is right: answer {answer!r}, gold {gold!r}, math-verify {theirs}, verify_math {ours}"
-            )
+            print(f"  {who} is right: answer {answer!r}, gold {gold!r}, verify_math says {ours}")
     print(f"responses without a closed, filled box that math-verify accepts: {boxless}")
 
 
@@ -127,7 +126,7 @@ def main():
     verify_batch(["\\boxed{\\sin^2 x}"], ["1-\\cos^2 x"])
     plain("\\boxed{\\sin^2 x}", "1-\\cos^2 x")
     print(
-        f"start of a worker and its first answer: {time.perf_counter() - begin:.1f} s, once in a process"
+        f"start and first answer of a worker: {time.perf_counter() - begin:.1f} s, once a process"
     )
     for path in args.files:
         measure(path, args.problems, args.seed)
