@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["raft", "gvm_raft", "gvm_grpo"]
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="gvm-tests-")  # nothing outlives a run
 
 # processes forked from one that has imported everything start at once
@@ -99,7 +100,8 @@ def start(script, log, world=1, **settings):
         environ = {name: str(value) for name, value in environ.items()}
         environ |= {
             "MASTER_ADDR": "127.0.0.1",
-            "HF_DATASETS_CACHE": os.environ["HF_DATASETS_CACHE"],
+            "HF_DATASETS_CACHE": os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_DATASETS_CACHE"],
         }
         started.append(SERVER.Process(target=child, args=(argv, environ, f"{log}/{rank}")))
         started[-1].start()
