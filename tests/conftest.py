@@ -100,8 +100,7 @@ def start(script, log, world=1, **settings):
         environ = {name: str(value) for name, value in environ.items()}
         environ |= {
             "MASTER_ADDR": "127.0.0.1",
-            "HF_DATASETS_CACHE": os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["HF_DATASETS_CACHE"],
+            "HF_DATASETS_CACHE": os.environ["HF_DATASETS_CACHE"],
         }
         started.append(SERVER.Process(target=child, args=(argv, environ, f"{log}/{rank}")))
         started[-1].start()

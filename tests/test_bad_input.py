@@ -72,7 +72,7 @@ SETTINGS = [
     ({"problems": "no/such.csv"}, "no/such.csv"),
     ({"problems": "no/such/set"}, "no/such/set"),
     ({"eval_problems": "no/such.parquet"}, "no/such.parquet"),
-    ({"problems": str(ROOT / "tiny")}, "tiny"),
+    ({"problems": str(ROOT / "allocator.py")}, "allocator.py"),
     ({"model": "no/such/model"}, "no/such/model"),
     ({"model": "no-such-model-anywhere"}, "no-such-model-anywhere"),
     ({"model": str(ROOT / "tests")}, "tests"),
