@@ -124,6 +124,15 @@ def refuse(sentence):
     raise SystemExit(2)
 
 
+def attempt(complaint, function, *args, **settings):
+    """function(*args, **settings); whatever it raises becomes one sentence."""
+    try:
+        return function(*args, **settings)
+    except Exception as error:  # libraries and hubs raise dozens of types
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
+        refuse(f"{complaint} ({reason.splitlines()[0]})")
+
+
 def check(cfg):
     """Refuses settings that make no sense, before anything is loaded or written."""
     positive = "problems_per_step samples_per_problem max_new_tokens updates_per_step "
@@ -151,31 +160,33 @@ def read_rows(path):
         refuse(f"{path}: no such file")
     if kind == "json":
         for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-            try:
-                yield dict(json.loads(line))
-            except (ValueError, TypeError) as error:
-                refuse(f"{path}, line {number}: not a JSON object ({error})")
+            row = attempt(f"{path}, line {number}: not valid JSON", json.loads, line)
+            if not isinstance(row, dict):
+                refuse(f"{path}, line {number}: not a JSON object")
+            yield row
         return
-    from datasets import load_dataset  # slow to import
+    from datasets import load_dataset, logging  # slow to import
 
+    logging.set_verbosity(logging.CRITICAL)
     name, _, split = path.partition(":")
-    source = {"path": kind, "data_files": path} if kind else {"path": name}
-    try:
-        yield from load_dataset(**source, split="train" if kind else split or "train")
-    except Exception as error:  # parsers and hub raise dozens of types
-        refuse(f"{path}: not a readable file or hub data set ({str(error).splitlines()[0]})")
+    source = (
+        {"path": kind, "data_files": path} if kind else {"path": name, "split": split or "train"}
+    )
+    complaint = f"{path} is no file or hub data set that can be read"
+    yield from attempt(complaint, load_dataset, **{"split": "train"} | source)
 
 
 def load_problems(path, tokenizer, cfg):
     """Problems through the model's chat template; over-long ones are dropped, with a count."""
-    problems, encode = [], tokenizer.apply_chat_template
+    problems, complaint = [], f"--model {cfg.model}: its chat template fails"
+    encode = partial(attempt, complaint, tokenizer.apply_chat_template, return_dict=False)
     for index, row in enumerate(read_rows(path)):
         for column in (cfg.problem_column, cfg.answer_column):
-            if not str(row.get(column, "")).strip():
+            if row.get(column) is None or not str(row[column]).strip():
                 there = ", ".join(row)
                 refuse(f"{path}, row {index + 1}: column '{column}' is empty or not among {there}")
         message = {"role": "user", "content": f"{row[cfg.problem_column]}\n{INSTRUCTION}"}
-        prompt_ids = encode([message], add_generation_prompt=True, return_dict=False)
+        prompt_ids = encode([message], add_generation_prompt=True)
         problems.append(Problem(index, prompt_ids, str(row[cfg.answer_column])))
     kept = [p for p in problems if len(p.prompt_ids) <= cfg.max_prompt_tokens]
     if RANK == 0 and len(kept) < len(problems):
@@ -190,13 +201,10 @@ def next_problems(problems, step, cfg):
     return [problems[i] for i in order[place * cfg.problems_per_step :][: cfg.problems_per_step]]
 
 
-def load_pretrained(auto, name, **settings):
-    """A model or tokenizer from a folder or the hub, or one sentence that says why not."""
-    try:
-        return auto.from_pretrained(name, **settings)
-    except Exception as error:  # the hub raises dozens of types
-        reason = str(error).strip().splitlines()[0]
-        refuse(f"--model {name} is no folder or hub name of a model that loads ({reason})")
+def load_model(cfg, dtype):
+    """The starting model."""
+    complaint = f"--model {cfg.model} cannot be loaded"
+    return attempt(complaint, AutoModelForCausalLM.from_pretrained, cfg.model, dtype=dtype)
 
 
 # ---- Sampling
@@ -207,7 +215,7 @@ class TorchSampler:
 
     def __init__(self, cfg, tokenizer, device):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.model = load_pretrained(AutoModelForCausalLM, cfg.model, dtype=dtype).to(device).eval()
+        self.model = load_model(cfg, dtype).to(device).eval()
         self.tokenizer, self.cfg, self.device = tokenizer, cfg, device
         ends = [tokenizer.eos_token_id, self.model.generation_config.eos_token_id]  # or a list
         self.ends = torch.tensor(np.hstack([end for end in ends if end is not None])).to(device)
@@ -334,6 +342,8 @@ def sample(problem_P, count_P, sampler, progress, cfg, *, stream="train", kept_P
     ]
     dist.all_gather_object(gathered := [None] * WORLD, mine)
     for p, response in chain(*gathered):
+        if not np.isfinite(response.logprobs.sum()):
+            raise SystemExit("stopped: the policy is not finite; the last checkpoint is good")
         response_PS[p].append(response)
         progress["responses"] += stream != "eval"
         progress["tokens"] += len(response.token_ids) * (stream != "eval")
@@ -388,7 +398,7 @@ def token_logprobs(hidden_KD, target_K, length_B, head, temperature, chunk=1024)
 
 def load_policy(cfg, device):
     """The model in float32, sharded over all processes; it computes in bf16 on CUDA."""
-    model = load_pretrained(AutoModelForCausalLM, cfg.model, dtype=torch.float32)
+    model = load_model(cfg, torch.float32)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     policy = Policy(model).to(device).train(cfg.gradient_checkpointing)  # eval mode: no dropout
@@ -545,14 +555,15 @@ def open_run(cfg):
     folder = Path(name[0])
     settings = {"script": script} | asdict(cfg) | {"run_dir": "", "resume": False}
     if cfg.resume:
-        saved = json.loads((folder / "config.json").read_text())
+        text = (folder / "config.json").read_text()
+        saved = attempt(f"{folder}/config.json is broken", json.loads, text)
         changed = [f"{k} was {saved.get(k)}" for k in settings if saved.get(k) != settings[k]]
         if changed:
             refuse(f"--resume cannot change the settings of {folder}: {', '.join(changed)}")
     elif RANK == 0:
         if folder.exists() and (folder.is_file() or any(folder.iterdir())):
             refuse(f"--run-dir {folder} exists; choose another, or continue it with --resume")
-        folder.mkdir(parents=True, exist_ok=True)
+        attempt("--run-dir cannot be made", folder.mkdir, parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return folder
 
@@ -635,9 +646,12 @@ def start_processes(cfg):
 def main(cfg):
     """Prepares the run, then Algorithm 1, one line a line."""
     start = time.perf_counter()
+    farewell = "interrupted; the same command continues with the run's --run-dir and --resume"
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(farewell))
     check(cfg)
     device = start_processes(cfg)
-    tokenizer = load_pretrained(AutoTokenizer, cfg.model)
+    complaint = f"--model {cfg.model} is no folder or hub name of a model with a tokenizer"
+    tokenizer = attempt(complaint, AutoTokenizer.from_pretrained, cfg.model)
     if not tokenizer.chat_template:
         refuse(f"--model {cfg.model}: its tokenizer has no chat template")
     problems = load_problems(cfg.problems, tokenizer, cfg)
@@ -652,8 +666,6 @@ def main(cfg):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.learning_rate, weight_decay=0.01)
     folder = open_run(cfg)
     progress = restore(folder, policy, optimizer)
-    farewell = f"interrupted; the same command with --run-dir {folder} --resume continues"
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(farewell))
     sampler.load(policy)
     if progress["step"] == 0:
         log(folder, progress, *evaluate(eval_problems, sampler, progress, cfg))
