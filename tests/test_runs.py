@@ -132,7 +132,7 @@ def test_no_steps_only_evaluate(small, tmp_path, eval_samples):
     assert f"accuracy_after: {row['accuracy']:.4f}" in printed.splitlines()
 
 
-@pytest.mark.parametrize("script", ["gvm_raft", "gvm_grpo"])
+@pytest.mark.parametrize("script", ["gvm_raft", SLOW_GRPO])
 def test_other_settings_run_too(small, tmp_path, script):
     settings = small | {"kl_coef": 0.01, "weighting": "token", "temperature": 0.9, "steps": 1}
     settings |= {"gradient_checkpointing": True, "tokens_per_batch": 200, "pilot_samples": 4}
@@ -344,7 +344,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch):
 
 
 def test_weights_that_are_not_finite_stop_the_run(small, tmp_path):
-    settings = small | {"updates_per_step": 1, "learning_rate": 1e30, "steps": 3}
+    settings = small | {"updates_per_step": 1, "learning_rate": 1e38, "steps": 3}
     with pytest.raises(SystemExit) as stop:
         run("raft", **settings, run_dir=str(tmp_path / "run"))
     assert "finite" in str(stop.value.code)
