@@ -343,8 +343,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch):
     assert (checkpoint / "progress.json").exists() and not (tmp_path / "run" / "model").exists()
 
 
-def test_weights_that_are_not_finite_stop_the_run(small, tmp_path):
-    settings = small | {"updates_per_step": 1, "learning_rate": 1e38, "steps": 3}
+def test_weights_that_are_not_finite_stop_the_run(small, tmp_path, monkeypatch):
+    script = importlib.import_module("raft")
+    update = script.update
+
+    def spoiled(policy, *arguments):
+        metrics = update(policy, *arguments)
+        next(policy.parameters()).data.fill_(torch.nan)
+        return metrics
+
+    monkeypatch.setattr(script, "update", spoiled)
     with pytest.raises(SystemExit) as stop:
-        run("raft", **settings, run_dir=str(tmp_path / "run"))
+        run("raft", **small, run_dir=str(tmp_path / "run"))
     assert "finite" in str(stop.value.code)

@@ -76,9 +76,9 @@ def test_log_probabilities_equal_a_full_forward_pass(draw, sampler, problems, te
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_tokens_are_as_frequent_as_the_softmax_says(draw, sampler, problems, temperature):
-    prompts = [problems[0].prompt_ids] * 2000 + [problems[59].prompt_ids] * 2000
-    ids_B, _ = draw(prompts, range(4000), temperature=temperature, max_new_tokens=3)
-    for prompt, ids_S in ((prompts[0], ids_B[:2000]), (prompts[-1], ids_B[2000:])):
+    prompts = [problems[0].prompt_ids] * 3000 + [problems[59].prompt_ids] * 3000
+    ids_B, _ = draw(prompts, range(6000), temperature=temperature, max_new_tokens=3)
+    for prompt, ids_S in ((prompts[0], ids_B[:3000]), (prompts[-1], ids_B[3000:])):
         first = [ids[0] for ids in ids_S]
         ((start, _),) = Counter(tuple(ids[:2]) for ids in ids_S if len(ids) > 2).most_common(1)
         third = [ids[2] for ids in ids_S if len(ids) > 2 and tuple(ids[:2]) == start]
