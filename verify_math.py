@@ -9,7 +9,7 @@ r"""Is the boxed answer of a response right?  Rules first, math-verify second, n
               the kernel bounds the child's memory and kills it at its deadline.
 
 Nothing in an answer is evaluated as code. The worker is this file run as a script, so the caller's
-main module is not imported again and needs no guard. POSIX only (fork).
+main module is not imported again and needs no guard. Linux only (fork, CPU affinity).
 
     python verify_math.py --response 'So it is \boxed{\frac12}.' --gold 0.5
     python verify_math.py answers.jsonl          # lines of {"response": ..., "gold": ...}
@@ -43,14 +43,16 @@ BETWEEN = re.compile(
 )
 BOMB = re.compile(r"\d{1000}|\d{4}\s*\)?\s*!|!\s*\)?\s*!|(?:\^[\s{(]*\d+[\s)]*){3}|\x00")
 FONT = r"\\(?:text\w*|[mh]box|math(?:rm|bf|it|sf)|operatorname)\*? *\{ *"
+END = r"(?<![.\\])(?![\s.,;:$]*\.\.\.)[\s.,;:$]+$"
 SPELLING = [  # in this order: one spelling for what has several
-    (r"(?<!\.\.)[\s.,;:]+$", ""),
+    (END, ""),
     (r"\\\$|^\$(?=[\d. ,]+$)", r"\\text{dollar}"),
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|h?phantom|approx)(?![a-zA-Z])", ""),
     (r"\$|\\! *|\*\*$", ""),
     (r"(\\\\)|\\[,;: ]|\\q?quad(?![a-z])|~|\s+", r"\1 "),
     (r"\\(?:boxed|fbox) *\{", "{"),
     (r"^ *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\} *$", r"\1"),
+    (END, ""),
     (r"\{,\}", ","),
     (r"\\(le|ge)(?:q|qslant)(?![a-z])", r"\\\1"),
     (r"\\(?:langle|lparen)(?![a-z])", "("),
@@ -71,7 +73,7 @@ SPELLING = [  # in this order: one spelling for what has several
     (r"(?<=\d)[eE]([-+]?\d+)$", r"*10^{\1}"),
     (r"\\sqrt *\[([357])\] *\{ *-([^{}+-]*)\}", r"-\\sqrt[\1]{\2}"),
     (r"\\sqrt *\[(\d+)\] *(\{(?:[^{}]|\{[^{}]*\})*\})", r"(\2)^{1/\1}"),
-    (r"((?:\\[^{}]|[^,=(\\])*)\\pm((?:\\[^{}]|[^,=)\\])*)", r"\1+\2,\1-\2"),
+    (r"(?<!\\)((?:\\[^{}]|[^,=(\\])*)\\pm((?:\\[^{}]|[^,=)\\])*)", r"\1+\2,\1-\2"),
 ]
 SPELLING = [(re.compile(pattern), new) for pattern, new in SPELLING]
 SIGN = (
@@ -436,7 +438,7 @@ def _answer(solve, asked, out):
     for line in iter(os.fdopen(0, "rb", buffering=0).readline, b""):
         asked[0] = 1
         timeout, deadline, *pair = json.loads(line)
-        left = max(timeout / 2, min(timeout, deadline - time.monotonic()))
+        left = max(0.01, timeout / 2, min(timeout, deadline - time.monotonic()))
         signal.setitimer(signal.ITIMER_REAL, left)  # nobody handles the signal: the kernel kills
         try:
             verdict = compare(*pair, solve) is True
