@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -18,11 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["raft", "gvm_raft", "gvm_grpo"]
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="gvm-tests-")  # nothing outlives a run
 
 # processes forked from one that has imported everything start at once
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["gvm_raft", "transformers.models.llama.modeling_llama"])
+
+
+def pytest_configure():
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="gvm-tests-")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])  # nothing outlives the tests
 
 
 @pytest.fixture(scope="session")
