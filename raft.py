@@ -40,7 +40,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from tqdm import trange
+from tqdm import tqdm, trange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -275,6 +275,7 @@ class VLLMSampler:
     """Draws responses with vLLM, one engine per process beside the trainer."""
 
     def __init__(self, cfg, tokenizer, device):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
         from vllm import LLM, SamplingParams
 
         self.tokenizer, on_gpu = tokenizer, device.type == "cuda"
@@ -284,7 +285,7 @@ class VLLMSampler:
         self.llm = LLM(
             cfg.model,
             dtype=self.dtype,
-            max_model_len=cfg.max_prompt_tokens + cfg.max_new_tokens,
+            max_model_len=-1,  # the model's own limit, or what fits into memory
             distributed_executor_backend="external_launcher",  # torchrun's processes
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled
             gpu_memory_utilization=0.4,  # the trainer needs the rest
@@ -295,7 +296,8 @@ class VLLMSampler:
         """One response per prompt, from its own seed: [(token ids [T], log-probabilities [T])]."""
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         params = [self.params(seed=seed) for seed in seeds]
-        drawn = [o.outputs[0] for o in self.llm.generate(requests, params, use_tqdm=RANK == 0)]
+        bar = RANK == 0 and partial(tqdm, leave=False)
+        drawn = [o.outputs[0] for o in self.llm.generate(requests, params, use_tqdm=bar)]
         logprobs = [[at[i].logprob for i, at in zip(d.token_ids, d.logprobs)] for d in drawn]
         return [(np.array(d.token_ids), np.array(p, "f4")) for d, p in zip(drawn, logprobs)]
 
@@ -307,7 +309,7 @@ class VLLMSampler:
         self.llm.reset_prefix_cache()
 
     def close(self):
-        """Shuts the engine down, before the process group."""
+        """Shuts the engine down, and with it the process group."""
         dist.barrier()
         self.llm.llm_engine.engine_core.shutdown()
 
@@ -404,7 +406,7 @@ def micro_batches(responses, budget):
     FSDP's ranks step together, so every rank gets as many; an empty list is an idle turn.
     """
     size_B = [len(r.prompt_ids) + len(r.token_ids) for r in responses]
-    budget = min(budget, sum(size_B) // WORLD)  # work for every rank
+    budget = min(budget, -(-len(size_B) // WORLD) * max(size_B, default=0))  # work for all ranks
     batches = []
     for i in sorted(range(len(responses)), key=lambda i: -size_B[i]):
         if not batches or (len(batches[-1]) + 1) * size_B[batches[-1][0]] > budget:
@@ -569,7 +571,8 @@ def summary(response_PS, row, progress):
     row = {"counts": counts, "accepted": accepted, "reward": sum(accepted) / sum(counts)} | row
     row["accept"] = np.mean([a / n for a, n in zip(accepted, counts) if n]).item()  # per problem
     line = f"reward {row['reward']:.3f} | accept {row['accept']:.3f} | loss {row['loss']:+.3f}"
-    line += f" | n {min(counts)}..{max(counts)} | variance {row.get('variance_ratio', 1):.2f}x"
+    ratio = (row.get("variance") or 1) / (row.get("variance_uniform") or 1)  # 1 without a pilot
+    line += f" | n {min(counts)}..{max(counts)} | variance {ratio:.2f}x"
     line += "" if any(accepted) else " | nothing accepted, no update"
     line += f" | grad {row['grad_norm']:.2f} | responses {progress['responses']:,}"
     return row, line + f" | {sum(row['seconds'].values()):.1f} s"
@@ -577,7 +580,8 @@ def summary(response_PS, row, progress):
 
 def start_processes(cfg):
     """Joins the process group, of one without torchrun; returns this process's device."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= {name: os.environ.get(name, value) for name, value in alone.items()}
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # 1 is best for tiny models
     torch.manual_seed(cfg.seed)
@@ -585,7 +589,7 @@ def start_processes(cfg):
     if not torch.cuda.is_available():
         dist.init_process_group("gloo")
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl")
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -610,7 +614,8 @@ def main(cfg):
     sampler = (VLLMSampler if use_vllm else TorchSampler)(cfg, tokenizer, device)
     policy = load_policy(cfg, device)
     reference = load_policy(cfg, device) if cfg.kl_coef else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.learning_rate, weight_decay=0.01)
+    settings = {"lr": cfg.learning_rate, "weight_decay": 0.01, "foreach": True}
+    optimizer = torch.optim.AdamW(policy.parameters(), **settings)
     folder = open_run(cfg)
     progress = restore(folder, policy, optimizer)
     sampler.load(policy)
@@ -646,7 +651,8 @@ def main(cfg):
         print(f"responses_total: {progress['responses']}\ntokens_total: {progress['tokens']}")
         print(f"seconds_total: {progress['seconds']:.1f}")
     sampler.close()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
