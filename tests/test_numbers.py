@@ -414,7 +414,8 @@ def test_the_budget_is_proposition_1_of_the_pilots(
     accept_P, norm_P = estimate(accepted_P, [3] * 4, norm_P, cfg.prior)
     expected_P = allocate(accept_P, norm_P, 24, minimum=3 if reuse else 0)
     assert list(count_P) == expected_P.tolist() and sum(count_P) == 24
-    assert kept_PS is (pilot_PS if reuse else None) and 0 < metrics["variance_ratio"] <= 1
+    assert kept_PS is (pilot_PS if reuse else None)
+    assert 0 < metrics["variance"] <= metrics["variance_uniform"]
 
 
 def test_without_pilots_the_budget_is_uniform():

@@ -86,7 +86,7 @@ def test_gvm_gives_every_problem_its_pilots_and_not_all_the_same(done):
     counts = [n for row in train_rows(done["gvm_raft"][1]) for n in row["counts"]]
     assert min(counts) >= 2 and len(set(counts)) > 1
     for row in train_rows(done["gvm_raft"][1]):
-        assert 0 < row["variance_ratio"] <= 1
+        assert 0 < row["variance"] <= row["variance_uniform"]
 
 
 def test_without_pilots_gvm_raft_is_raft(done, small, tmp_path):
