@@ -1,0 +1,229 @@
+"""Does the budget of Prop. 1 learn more per response? Prints markdown tables, draws learning.png.
+
+Every arm is a script with settings, trained on the tiny model once a seed; arms with the same seed
+see the same problems in the same order. Held-out accuracy is measured after every step, against all
+responses drawn for training (pilots counted), their tokens, and wall-clock seconds of the steps
+(evaluation not counted; runs that share a machine wait for each other).
+
+A mean curve joins the means over seeds, of both axes, after each step. What an arm needs to a level
+is where its mean curve first crosses it, linear in between. Levels are the start plus 50%, 80% and
+95% of what RAFT gains in the run. The ratio is the baseline's need over the arm's: above 1 the arm
+is faster. Intervals: 95%, 2,000 bootstraps over seeds, the same seeds for arm and baseline.
+
+Run: python bench/learning.py [--seeds 10] [--ablation]   (a run takes a minute on one core)
+     python bench/learning.py --quick                     (two minutes on two cores, says little)
+A finished run is kept in runs/learning/ and not run again.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = {  # arm: command line, the baseline it is compared with
+    "raft": ("raft.py", "raft"),
+    "gvm_raft": ("gvm_raft.py", "raft"),
+    "grpo": ("gvm_grpo.py --pilot-samples 0", "grpo"),
+    "gvm_grpo": ("gvm_grpo.py", "grpo"),
+}
+ABLATION = {  # gvm_raft's defaults are 4 pilots, re-used, prior 1, weighting algorithm1, 4 updates
+    "gvm_raft, 2 pilots": ("gvm_raft.py --pilot-samples 2", "raft"),
+    "gvm_raft, prior 0": ("gvm_raft.py --prior 0", "raft"),
+    "gvm_raft, pilots thrown away": ("gvm_raft.py --no-reuse-pilot", "raft"),
+    "gvm_raft, the paper's recipe": (
+        "gvm_raft.py --no-reuse-pilot --prior 0 --pilot-samples 8",
+        "raft",
+    ),
+    "raft, token": ("raft.py --weighting token", "raft, token"),
+    "gvm_raft, token": ("gvm_raft.py --weighting token", "raft, token"),
+    "raft, reward": ("raft.py --weighting reward", "raft, reward"),
+    "gvm_raft, reward": ("gvm_raft.py --weighting reward", "raft, reward"),
+    "raft, 1 update": ("raft.py --updates-per-step 1", "raft, 1 update"),
+    "gvm_raft, 1 update": ("gvm_raft.py --updates-per-step 1", "raft, 1 update"),
+}
+AXES = ("responses", "tokens", "seconds")
+LEVELS = (0.5, 0.8, 0.95)  # of RAFT's gain
+STYLES = {"raft": "#0072B2", "gvm_raft": "#D55E00", "grpo": "#CC79A7", "gvm_grpo": "#009E73"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings; they name the folder of the runs."""
+
+    seeds: int = 10  # runs per arm
+    ablation: bool = False  # the variants of gvm_raft as well
+    quick: bool = False  # 2 seeds, 6 steps
+    only: str = ""  # arms with this in their name, and the baselines that are there
+    steps: int = 16  # of 64 problems x 8 responses
+    learning_rate: float = 1e-4  # low, or six steps reach the plateau
+    eval_samples: int = 1  # responses per held-out problem after every step
+    jobs: int = os.cpu_count() or 1  # runs at a time, of one thread each
+    folder: Path = ROOT / "runs" / "learning"  # of the run folders
+    out: Path = ROOT / "bench" / "learning.png"  # the figure
+
+
+def is_finished(folder, cfg):
+    """Whether the run was evaluated after its last step."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return any(f'"step": {cfg.steps},' in line and '"accuracy"' in line for line in lines[-1:])
+
+
+def run(command, seed, folder, cfg):
+    """Trains one arm with one seed, from the start."""
+    shutil.rmtree(folder, ignore_errors=True)
+    script, *settings = command.split()
+    settings += f"--steps {cfg.steps} --learning-rate {cfg.learning_rate} --seed {seed}".split()
+    settings += f"--eval-every 1 --eval-samples {cfg.eval_samples} --save-every 100000".split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, ROOT / script, *settings, "--run-dir", folder]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"learning.py: {' '.join(map(str, line))} failed: {done.stderr[-500:]}")
+    shutil.rmtree(folder / "checkpoint")
+    shutil.rmtree(folder / "model")
+
+
+def read(folder):
+    """[responses, tokens, seconds, accuracy] at the start and after each step: [4, steps + 1]."""
+    points, seconds = [], 0.0
+    for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        if "accuracy" in row:
+            points.append([row["responses"], row["tokens"], seconds, row["accuracy"]])
+        else:
+            seconds += sum(row["seconds"].values())
+    return np.array(points).T
+
+
+def need(x, accuracy, level):
+    """Where the curve first reaches the level, linear between its points; inf if it never does."""
+    reached = np.flatnonzero(accuracy >= level)
+    if reached.size == 0:
+        return np.inf
+    i = reached[0]
+    low, high = accuracy[i - 1], accuracy[i]
+    return x[i - 1] + (x[i] - x[i - 1]) * (level - low) / (high - low) if i else x[0]
+
+
+def measures(curves, arm, baseline, levels):
+    """Final accuracy, mean accuracy, and need [axes, levels] of an arm, and how they compare."""
+    points = []
+    for name in (arm, baseline):
+        *x, accuracy = curves[name]
+        needs = np.array([[need(axis, accuracy, level) for level in levels] for axis in x])
+        points.append((accuracy[-1], np.trapezoid(accuracy, x[0]) / x[0][-1], needs))
+    (last, mean, needs), (base_last, base_mean, base_needs) = points
+    with np.errstate(invalid="ignore"):
+        gaps = [last - base_last, mean - base_mean]
+        return np.array([last, mean, *gaps, *needs.ravel(), *(base_needs / needs).ravel()])
+
+
+def compare(runs, arms, seeds, draws=2000):
+    """{arm: (measures, low, high)} of the mean curves, bootstrapped over seeds."""
+    rng, samples = np.random.default_rng(0), {arm: [] for arm in arms}
+    for draw in range(draws + 1):
+        pick = rng.integers(seeds, size=seeds) if draw else np.arange(seeds)
+        curves = {arm: runs[arm][pick].mean(0) for arm in runs}
+        start, end = curves["raft"][-1][[0, -1]]
+        levels = [start + share * (end - start) for share in LEVELS]
+        for arm in arms:
+            samples[arm].append(measures(curves, arm, (BENCH | ABLATION)[arm][1], levels))
+    bounds = (0.025, 0.975)
+    return {
+        arm: np.array([s[0], *np.nanquantile(s[1:], bounds, axis=0, method="nearest")])
+        for arm, s in samples.items()
+    }
+
+
+def report(runs, arms, seeds):
+    """The markdown tables."""
+    results = compare(runs, arms, seeds)
+
+    def cell(arm, k, form, interval=True):
+        value, low, high = results[arm][:, k]
+        text = "not reached" if np.isinf(value) else "-" if np.isnan(value) else f"{value:{form}}"
+        both = interval and (BENCH | ABLATION)[arm][1] != arm and np.isfinite(value)
+        return text + (f" [{low:{form}}, {high:{form}}]" if both else "")
+
+    def table(title, header, rows):
+        print(f"\n{title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
+        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+
+    header = ["arm", "final accuracy", "difference", "mean over the run", "difference", *AXES]
+    totals = {arm: [f"{x:,.0f}" for x in runs[arm].mean(0)[:3, -1]] for arm in arms}
+    forms = [(0, ".3f", False), (2, "+.3f"), (1, ".3f", False), (3, "+.3f")]
+    rows = [[arm, *(cell(arm, *form) for form in forms), *totals[arm]] for arm in arms]
+    table(f"**Accuracy**, {seeds} seeds; differences to the baseline", header, rows)
+    for a, axis in enumerate(AXES):
+        heads = [(f"to {100 * level:.0f}%", "ratio") for level in LEVELS]
+        cells = {
+            arm: [
+                (cell(arm, k, ",.0f", False), cell(arm, k + 9, ".2f"))
+                for k in range(4 + 3 * a, 7 + 3 * a)
+            ]
+            for arm in arms
+        }
+        rows = [[arm, *chain(*cells[arm])] for arm in arms]
+        header = ["arm", *chain(*heads)]
+        table(f"**Needed to reach a share of RAFT's gain**, in {axis}", header, rows)
+
+
+def draw(runs, arms, out):
+    """Mean curves with bootstrap bands, against the three axes."""
+    matplotlib.use("Agg")  # draws without a screen
+    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True, layout="constrained")
+    rng = np.random.default_rng(0)
+    for arm in arms:
+        seeds = len(runs[arm])
+        *x, accuracy = runs[arm].mean(0)
+        means = runs[arm][rng.integers(seeds, size=(500, seeds)), -1].mean(1)
+        low, high = np.quantile(means, (0.025, 0.975), axis=0)
+        for panel, axis in zip(panels, x):
+            panel.plot(axis, accuracy, color=STYLES[arm], lw=1.5, label=f"{arm}, {seeds} seeds")
+            panel.fill_between(axis, low, high, color=STYLES[arm], alpha=0.2, lw=0)
+    for panel, name in zip(panels, AXES):
+        panel.set(xlabel=f"{name}, pilots included", xlim=(0, None))
+        panel.xaxis.set_major_formatter("{x:,.0f}")
+        panel.grid(alpha=0.25, lw=0.6)
+    panels[0].set(ylabel="held-out accuracy")
+    panels[0].legend(frameon=False, loc="lower right")
+    figure.savefig(out, dpi=110)
+    print(f"\ndrew {out}")
+
+
+def main(cfg):
+    """Runs what is missing, then reports."""
+    steps, seeds = (6, 2) if cfg.quick else (cfg.steps, cfg.seeds)
+    cfg = Config(**vars(cfg) | {"steps": steps, "seeds": seeds})
+    arms = BENCH | (ABLATION if cfg.ablation else {})
+    arms = {arm: value for arm, value in arms.items() if cfg.only in arm or arm == "raft"}
+    place = cfg.folder / f"{steps}-steps-lr-{cfg.learning_rate:g}-eval-{cfg.eval_samples}"
+    folders = {
+        (arm, s): place / f"{arm}-{s}".replace(" ", "-") for s in range(seeds) for arm in arms
+    }
+    todo = [key for key, folder in folders.items() if not is_finished(folder, cfg)]
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        jobs = [pool.submit(run, arms[a][0], s, folders[a, s], cfg) for a, s in todo]
+        for job in tqdm(jobs, desc="runs", disable=not jobs):
+            job.result()
+    runs = {arm: np.array([read(folders[arm, s]) for s in range(seeds)]) for arm in arms}
+    report(runs, [arm for arm in arms if arms[arm][1] in runs], seeds)
+    if not cfg.only:
+        draw(runs, list(BENCH), cfg.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
