@@ -1,11 +1,11 @@
 """Does the budget of Prop. 1 learn more per response? Prints markdown tables, draws learning.png.
 
 Every arm is a script with settings, trained on the tiny model once a seed; arms with the same seed
-see the same problems in the same order. Held-out accuracy is measured after every step, against all
-responses drawn for training (pilots counted), their tokens, and wall-clock seconds of the steps
+see the same problems in the same order. Held-out accuracy is measured every other step, against
+all responses drawn for training (pilots counted), their tokens, and wall-clock seconds of the steps
 (evaluation not counted; runs that share a machine wait for each other).
 
-A mean curve joins the means over seeds, of both axes, after each step. What an arm needs to a level
+A mean curve joins the means over seeds, of both axes, after each evaluation. What an arm needs to a level
 is where its mean curve first crosses it, linear in between. Levels are the start plus 50%, 80% and
 95% of what RAFT gains in the run. The ratio is the baseline's need over the arm's: above 1 the arm
 is faster. Intervals: 95%, 2,000 bootstraps over seeds, the same seeds for arm and baseline.
@@ -64,11 +64,12 @@ class Config:
 
     seeds: int = 10  # runs per arm
     ablation: bool = False  # the variants of gvm_raft as well
-    quick: bool = False  # 2 seeds, 6 steps
+    quick: bool = False  # 2 seeds, 8 steps
     only: str = ""  # arms with this in their name, and the baselines that are there
-    steps: int = 16  # of 64 problems x 8 responses
-    learning_rate: float = 1e-4  # low, or six steps reach the plateau
-    eval_samples: int = 1  # responses per held-out problem after every step
+    steps: int = 16  # E-steps and M-steps
+    problems_per_step: int = 16  # m; with many, the learning rate sets the pace, and not the noise
+    learning_rate: float = 1e-4  # of AdamW
+    eval_every: int = 2  # steps between evaluations, of one response per held-out problem
     jobs: int = os.cpu_count() or 1  # runs at a time, of one thread each
     folder: Path = ROOT / "runs" / "learning"  # of the run folders
     out: Path = ROOT / "bench" / "learning.png"  # the figure
@@ -86,7 +87,8 @@ def run(command, seed, folder, cfg):
     shutil.rmtree(folder, ignore_errors=True)
     script, *settings = command.split()
     settings += f"--steps {cfg.steps} --learning-rate {cfg.learning_rate} --seed {seed}".split()
-    settings += f"--eval-every 1 --eval-samples {cfg.eval_samples} --save-every 100000".split()
+    settings += f"--problems-per-step {cfg.problems_per_step} --eval-samples 1".split()
+    settings += f"--eval-every {cfg.eval_every} --save-every 100000".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     line = [sys.executable, ROOT / script, *settings, "--run-dir", folder]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
@@ -97,7 +99,7 @@ def run(command, seed, folder, cfg):
 
 
 def read(folder):
-    """[responses, tokens, seconds, accuracy] at the start and after each step: [4, steps + 1]."""
+    """[responses, tokens, seconds, accuracy] at every evaluation: [4, points]."""
     points, seconds = [], 0.0
     for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if "accuracy" in row:
@@ -206,11 +208,12 @@ def draw(runs, arms, out):
 
 def main(cfg):
     """Runs what is missing, then reports."""
-    steps, seeds = (6, 2) if cfg.quick else (cfg.steps, cfg.seeds)
+    steps, seeds = (8, 2) if cfg.quick else (cfg.steps, cfg.seeds)
     cfg = Config(**vars(cfg) | {"steps": steps, "seeds": seeds})
     arms = BENCH | (ABLATION if cfg.ablation else {})
     arms = {arm: value for arm, value in arms.items() if cfg.only in arm or arm == "raft"}
-    place = cfg.folder / f"{steps}-steps-lr-{cfg.learning_rate:g}-eval-{cfg.eval_samples}"
+    name = f"{steps}x{cfg.problems_per_step}-lr-{cfg.learning_rate:g}-every-{cfg.eval_every}"
+    place = cfg.folder / name
     folders = {
         (arm, s): place / f"{arm}-{s}".replace(" ", "-") for s in range(seeds) for arm in arms
     }
