@@ -5,10 +5,10 @@ see the same problems in the same order. Held-out accuracy is measured every oth
 all responses drawn for training (pilots counted), their tokens, and wall-clock seconds of the steps
 (evaluation not counted; runs that share a machine wait for each other).
 
-A mean curve joins the means over seeds, of both axes, after each evaluation. What an arm needs to a level
-is where its mean curve first crosses it, linear in between. Levels are the start plus 50%, 80% and
-95% of what RAFT gains in the run. The ratio is the baseline's need over the arm's: above 1 the arm
-is faster. Intervals: 95%, 2,000 bootstraps over seeds, the same seeds for arm and baseline.
+A mean curve joins the means over seeds, of both axes, of the evaluations. What an arm needs to a
+level is where its mean curve first crosses it, linear in between. Levels are the start plus 50%,
+80% and 95% of what RAFT gains in the run. The ratio is the baseline's need over the arm's: above 1
+the arm is faster. Intervals: 95%, 2,000 bootstraps over seeds, the same seeds for arm and baseline.
 
 Run: python bench/learning.py [--seeds 10] [--ablation]   (a run takes a minute on one core)
      python bench/learning.py --quick                     (two minutes on two cores, says little)
