@@ -68,7 +68,7 @@ class Config:
     only: str = ""  # arms with this in their name, and the baselines that are there
     steps: int = 16  # E-steps and M-steps
     problems_per_step: int = 16  # m; with many, the learning rate sets the pace, and not the noise
-    learning_rate: float = 1e-4  # of AdamW
+    learning_rate: float = 3e-4  # of AdamW
     eval_every: int = 2  # steps between evaluations, of one response per held-out problem
     jobs: int = os.cpu_count() or 1  # runs at a time, of one thread each
     folder: Path = ROOT / "runs" / "learning"  # of the run folders

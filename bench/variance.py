@@ -44,7 +44,7 @@ class Config:
     model: str = gvm_raft.Config.model  # Hugging Face folder
     problems: str = gvm_raft.Config.eval_problems  # .jsonl of problems
     batch: int = 64  # m, problems
-    bank: int = 256  # responses per problem in the bank
+    bank: int = 128  # responses per problem in the bank
     replicates: int = 400  # E-steps and M-steps per row
     dimensions: int = 2048  # of the sketched gradients
     seed: int = 0  # of all random numbers
@@ -86,8 +86,8 @@ def fill_bank(cfg):
     head = policy.model.get_output_embeddings().weight
     random = torch.Generator().manual_seed(cfg.seed)
     size = sum(w.numel() for w in weights)
-    bucket = torch.randint(cfg.dimensions, (size,), generator=random)
     sign = torch.randint(2, (size,), generator=random) * 2.0 - 1
+    pad = (0, -size % cfg.dimensions)
     known, grads, row_PS = {}, [], np.zeros((cfg.batch, cfg.bank), int)
     for p, response_S in enumerate(tqdm(drawn_PS, desc="gradients", leave=False)):
         for s, response in enumerate(response_S):
@@ -97,7 +97,8 @@ def fill_bank(cfg):
                 logp_K, _ = policy([response], gvm_raft.token_logprobs, 1.0)
                 grad = torch.autograd.grad(logp_K.sum(), weights)
                 flat = torch.cat([g.flatten() for g in grad]).cpu()
-                sketch = torch.zeros(cfg.dimensions).index_add_(0, bucket, flat * sign)
+                # random signs, then every weight i goes to sum i modulo the dimensions
+                sketch = torch.nn.functional.pad(flat * sign, pad).view(-1, cfg.dimensions).sum(0)
                 own = next(g for g, w in zip(grad, weights) if w is head)
                 grads.append((sketch.numpy(), flat.norm().item(), own.norm().item()))
             row_PS[p, s] = known[key]
