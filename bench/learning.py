@@ -66,7 +66,7 @@ class Config:
     ablation: bool = False  # the variants of gvm_raft as well
     quick: bool = False  # 2 seeds, 8 steps
     only: str = ""  # arms with this in their name, and the baselines that are there
-    steps: int = 16  # E-steps and M-steps
+    steps: int = 12  # E-steps and M-steps
     problems_per_step: int = 16  # m; with many, the learning rate sets the pace, and not the noise
     learning_rate: float = 3e-4  # of AdamW
     eval_every: int = 2  # steps between evaluations, of one response per held-out problem
