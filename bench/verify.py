@@ -78,6 +78,8 @@ def measure(path, problems, seed):
     generator = random.Random(seed)
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     cases = list(make_responses(generator.sample(rows, min(problems, len(rows))), generator))
+    asked, ask = [], verify_math._ask
+    verify_math._ask = lambda *request: asked.append(request) or ask(*request)
     seconds, found = (
         {"math-verify": 0.0, "verify_math": 0.0},
         {"math-verify": [], "verify_math": []},
@@ -90,6 +92,7 @@ def measure(path, problems, seed):
         found["verify_math"] += verify_batch([case[0] for case in part], [case[1] for case in part])
         seconds["math-verify"] += middle - begin
         seconds["verify_math"] += time.perf_counter() - middle
+    verify_math._ask = ask
     print(
         f"\n{Path(path).stem}: {len(cases)} responses, {sum(case[2] for case in cases)} right ones"
     )
@@ -102,8 +105,7 @@ def measure(path, problems, seed):
     pairs = {(extract_answer(case[0]), case[1]) for case in cases} - {
         (None, case[1]) for case in cases
     }
-    undecided = sum(verify_math.compare(*pair) is None for pair in pairs)
-    print(f"distinct answers: {len(pairs)}, of them {undecided} left to the worker")
+    print(f"distinct answers: {len(pairs)}, of them {len(asked)} left to the worker")
     boxless = 0
     for (response, gold, right), theirs, ours in zip(cases, *found.values(), strict=True):
         answer = extract_answer(response)
