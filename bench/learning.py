@@ -1,4 +1,4 @@
-"""Does the budget of Prop. 1 learn more per response? Prints markdown tables, draws learning.png.
+"""Does the budget of Prop. 1 learn more per response? Prints markdown tables, draws a figure.
 
 Every arm is a script with settings, trained on the tiny model once a seed; arms with the same seed
 see the same problems in the same order. Held-out accuracy is measured every other step, against
@@ -32,7 +32,7 @@ from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCH = {  # arm: command line, the baseline it is compared with
+ARMS = {  # arm: command line, the baseline it is compared with
     "raft": ("raft.py", "raft"),
     "gvm_raft": ("gvm_raft.py", "raft"),
     "grpo": ("gvm_grpo.py --pilot-samples 0", "grpo"),
@@ -141,7 +141,7 @@ def compare(runs, arms, seeds, draws=2000):
         start, end = curves["raft"][-1][[0, -1]]
         levels = [start + share * (end - start) for share in LEVELS]
         for arm in arms:
-            samples[arm].append(measures(curves, arm, (BENCH | ABLATION)[arm][1], levels))
+            samples[arm].append(measures(curves, arm, (ARMS | ABLATION)[arm][1], levels))
     bounds = (0.025, 0.975)
     return {
         arm: np.array([s[0], *np.nanquantile(s[1:], bounds, axis=0, method="nearest")])
@@ -156,7 +156,7 @@ def report(runs, arms, seeds):
     def cell(arm, k, form, interval=True):
         value, low, high = results[arm][:, k]
         text = "not reached" if np.isinf(value) else "-" if np.isnan(value) else f"{value:{form}}"
-        both = interval and (BENCH | ABLATION)[arm][1] != arm and np.isfinite(value)
+        both = interval and (ARMS | ABLATION)[arm][1] != arm and np.isfinite(value)
         return text + (f" [{low:{form}}, {high:{form}}]" if both else "")
 
     def table(title, header, rows):
@@ -210,7 +210,7 @@ def main(cfg):
     """Runs what is missing, then reports."""
     steps, seeds = (8, 2) if cfg.quick else (cfg.steps, cfg.seeds)
     cfg = Config(**vars(cfg) | {"steps": steps, "seeds": seeds})
-    arms = BENCH | (ABLATION if cfg.ablation else {})
+    arms = ARMS | (ABLATION if cfg.ablation else {})
     arms = {arm: value for arm, value in arms.items() if cfg.only in arm or arm == "raft"}
     name = f"{steps}x{cfg.problems_per_step}-lr-{cfg.learning_rate:g}-every-{cfg.eval_every}"
     place = cfg.folder / name
@@ -218,14 +218,17 @@ def main(cfg):
         (arm, s): place / f"{arm}-{s}".replace(" ", "-") for s in range(seeds) for arm in arms
     }
     todo = [key for key, folder in folders.items() if not is_finished(folder, cfg)]
-    with ThreadPoolExecutor(cfg.jobs) as pool:
-        jobs = [pool.submit(run, arms[a][0], s, folders[a, s], cfg) for a, s in todo]
+    pool = ThreadPoolExecutor(cfg.jobs)
+    jobs = [pool.submit(run, arms[a][0], s, folders[a, s], cfg) for a, s in todo]
+    try:
         for job in tqdm(jobs, desc="runs", disable=not jobs):
             job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # one run failed: start no others
     runs = {arm: np.array([read(folders[arm, s]) for s in range(seeds)]) for arm in arms}
     report(runs, [arm for arm in arms if arms[arm][1] in runs], seeds)
     if not cfg.only:
-        draw(runs, list(BENCH), cfg.out)
+        draw(runs, list(ARMS), cfg.out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Units: the squared norm of the objective's true gradient. error = bias² + varia
 sum over problems that get a response. cosine: to the true gradient, which is what remains once
 clipping and Adam have set the length. Intervals: 95%, bootstrap over replicates.
 
-Run: python bench/variance.py [--model runs/.../model]   (two minutes on one core)
+Run: python bench/variance.py [--model runs/.../model]   (three minutes on one core)
 """
 
 import sys
@@ -106,8 +106,11 @@ def fill_bank(cfg):
     return Bank(reward_PS, row_PS, *map(np.array, zip(*grads)))
 
 
-def pilot_rule(pilots, *, reuse=True, prior=1.0, norm="head", paid=True):
-    """The E-step from pilots: a function of (bank, rng) to counts and pilot columns [P, N']."""
+def pilot_rule(pilots, *, reuse=True, prior=1.0, norm="head", paid=True, spread=False):
+    """The E-step from pilots: a function of (bank, rng) to counts and pilot columns [P, N'].
+
+    spread: nᵢ ∝ √(pᵢ(1-pᵢ)), the spread of the rewards, instead of Prop. 1.
+    """
 
     def rule(bank, rng):
         m, size = bank.reward_PS.shape
@@ -119,6 +122,8 @@ def pilot_rule(pilots, *, reuse=True, prior=1.0, norm="head", paid=True):
         norm_P = np.sqrt((norm_PS**2 * reward_PS).sum(1) / np.maximum(accepted_P, 1))
         budget = EACH * m - (0 if reuse or not paid else pilots * m)
         rates = estimate(accepted_P, pilots, norm_P, prior)
+        if spread:
+            rates = np.ones(m), np.sqrt(rates[0] * (1 - rates[0]))
         count_P = allocate(*rates, budget, minimum=pilots if reuse else 0)
         return count_P, pick_PS if reuse else pick_PS[:, :0]
 
@@ -134,6 +139,16 @@ def known_rule(weigh):
         return count_P, np.zeros((w_P.size, 0), int)
 
     return rule
+
+
+def both_classes_rule(bank, rng):
+    """nᵢ ∝ the root of the variance of (r - pᵢ) ∇ log P: accepted and rejected responses count."""
+    gap_PS = bank.reward_PS - bank.accept_P[:, None]
+    square_P = (gap_PS**2 * bank.full_U[bank.row_PS] ** 2).mean(1)
+    mean_P = [np.linalg.norm(g @ bank.grad_UD[row]) for g, row in zip(gap_PS, bank.row_PS)]
+    square_P -= (np.array(mean_P) / bank.reward_PS.shape[1]) ** 2
+    w_P = np.sqrt(np.maximum(square_P, 0))
+    return allocate(np.ones(w_P.size), w_P, EACH * w_P.size, alpha=0), np.zeros((w_P.size, 0), int)
 
 
 def uniform_rule(bank, rng):
@@ -164,6 +179,9 @@ RULES = {
     "2 pilots, thrown away, prior 1": pilot_rule(2, reuse=False),
     "2 pilots, thrown away, prior 0": pilot_rule(2, reuse=False, prior=0),
     "8 pilots, free, prior 0 (the paper)": pilot_rule(8, reuse=False, prior=0, paid=False),
+    "σ of (r - p) ∇ log P, both classes": both_classes_rule,
+    "4 pilots, re-used, prior 1, √(p(1-p))": pilot_rule(4, spread=True),
+    "2 pilots, re-used, prior 1, √(p(1-p))": pilot_rule(2, spread=True),
 }
 
 
