@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain, groupby
@@ -110,7 +111,7 @@ class Response:
 
 def refuse(sentence):
     """Wrong input: one sentence on stderr and exit code 2."""
-    if RANK == 0:
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a node: its files may differ
         print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -126,11 +127,9 @@ def attempt(complaint, function, *args, **settings):
 
 def check(cfg):
     """Refuses settings that make no sense, before anything is loaded or written."""
-    positive = "problems_per_step samples_per_problem max_new_tokens updates_per_step "
-    positive += "eval_samples save_every"
-    least = dict.fromkeys(positive.split(), 1) | {"temperature": 0.01}
+    least = {"steps": 0, "eval_every": 0, "seed": 0, "temperature": 0.01}
     for name, value in asdict(cfg).items():
-        low = least.get(name, 0)
+        low = least.get(name, int(type(value) is int))  # counts start at 1, other numbers at 0
         if not isinstance(value, str) and not low <= value < float("inf"):
             refuse(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
     if cfg.updates_per_step > cfg.problems_per_step:
@@ -147,7 +146,7 @@ def read_rows(path):
     if kind and not Path(path).is_file():
         refuse(f"{path}: no such file")
     if kind == "json":
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        for number, line in enumerate(Path(path).read_bytes().rstrip().splitlines(), start=1):
             row = attempt(f"{path}, line {number}: not valid JSON", json.loads, line)
             if not isinstance(row, dict):
                 refuse(f"{path}, line {number}: not a JSON object")
@@ -156,12 +155,10 @@ def read_rows(path):
     from datasets import load_dataset, logging  # slow to import
 
     logging.set_verbosity(logging.CRITICAL)
-    name, _, split = path.partition(":")
-    source = (
-        {"path": kind, "data_files": path} if kind else {"path": name, "split": split or "train"}
-    )
+    name, _, split = (kind or path).partition(":")
+    source = {"data_files": path if kind else None, "split": split or "train"}
     complaint = f"{path} is no file or hub data set that can be read"
-    yield from attempt(complaint, load_dataset, **{"split": "train"} | source)
+    yield from attempt(complaint, load_dataset, name, **source)
 
 
 def load_problems(path, tokenizer, cfg):
@@ -205,6 +202,7 @@ class TorchSampler:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = load_model(cfg, dtype).to(device).eval()
         self.tokenizer, self.cfg, self.device = tokenizer, cfg, device
+        self.close = lambda: None  # nothing to shut down
         ends = [tokenizer.eos_token_id, self.model.generation_config.eos_token_id]  # or a list
         self.ends = torch.tensor(np.hstack([end for end in ends if end is not None])).to(device)
 
@@ -215,60 +213,47 @@ class TorchSampler:
         starts = range(0, len(prompts), size)
         return [r for i in starts for r in self.draw(prompts[i : i + size], seeds[i : i + size])]
 
-    def prefill(self, prompts):
-        """Cache, next logits and mask after the prompts, each run once, repeated per response."""
-        groups = [(prompt, len(list(group))) for prompt, group in groupby(prompts)]
-        longest = max(len(prompt) for prompt, _ in groups)
-        ids_PT = torch.tensor([[0] * (longest - len(p)) + p for p, _ in groups], device=self.device)
-        start_P = torch.tensor([longest - len(p) for p, _ in groups], device=self.device)
-        mask_PT = (torch.arange(longest, device=self.device) >= start_P[:, None]).long()
-        place_PT = (mask_PT.cumsum(-1) - 1).clamp(min=0)
-        out = self.model(ids_PT, mask_PT, position_ids=place_PT, use_cache=True, logits_to_keep=1)
-        row_B = torch.arange(len(groups)).repeat_interleave(torch.tensor([n for _, n in groups]))
-        row_B = row_B.to(self.device)
-        out.past_key_values.batch_select_indices(row_B)
-        return out.past_key_values, out.logits[row_B, -1], mask_PT[row_B]
-
     @torch.inference_mode()
     def draw(self, prompts, seeds):
         """A batch of responses, each token by the inverse of its cumulative distribution."""
-        size, limit = len(prompts), self.cfg.max_new_tokens
-        cache, logit_BV, mask_BT = self.prefill(prompts)
+        limit, groups = self.cfg.max_new_tokens, [(p, len(list(g))) for p, g in groupby(prompts)]
         # a uniform number in (0, 1] per token, from the response's own generator
         uniform_BT = np.stack([1 - np.random.default_rng(s).random(limit, "f4") for s in seeds])
         uniform_BT = torch.from_numpy(uniform_BT).to(self.device)
-        token_BT = torch.zeros(size, limit, dtype=torch.long, device=self.device)
-        logp_BT, live_B = uniform_BT.clone(), torch.arange(size, device=self.device)
-        length_B = torch.full_like(live_B, limit)
+        token_BT = torch.full_like(uniform_BT, -1, dtype=torch.long)  # -1 stays after the end
+        logp_BT, live_B = uniform_BT.clone(), torch.arange(len(prompts), device=self.device)
+        ids_BT = pad_sequence([torch.tensor(p) for p, _ in groups], True, -1, "left").to(live_B)
+        mask_BT, cache = (ids_BT >= 0).long(), None
         for t in trange(limit, desc="sample", leave=False, disable=RANK > 0):
-            logps_BV = (logit_BV.float() / self.cfg.temperature).log_softmax(-1)
+            place_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+            inputs = {"attention_mask": mask_BT, "position_ids": place_BT, "past_key_values": cache}
+            out = self.model(ids_BT.clamp(min=0), use_cache=True, logits_to_keep=1, **inputs)
+            cache, logit_BV = out.past_key_values, out.logits[:, -1].float()
+            if t == 0:  # each prompt ran once: repeat it for its responses
+                row_B = torch.repeat_interleave(torch.tensor([n for _, n in groups])).to(live_B)
+                cache.batch_select_indices(row_B)
+                logit_BV, mask_BT = logit_BV[row_B], mask_BT[row_B]
+            logps_BV = (logit_BV / self.cfg.temperature).log_softmax(-1)
             cdf_BV = logps_BV.exp().cumsum(-1)
             # the first token whose cumulative probability reaches the uniform number
             token_B = (cdf_BV < uniform_BT[live_B, t, None] * cdf_BV[:, -1:]).sum(-1)
             token_BT[live_B, t] = token_B
             logp_BT[live_B, t] = logps_BV.gather(-1, token_B[:, None])[:, 0]
             ended_B = torch.isin(token_B, self.ends)
-            length_B[live_B[ended_B]] = t + 1
+            if ended_B.all():
+                break
             if ended_B.any():  # drop the finished rows
                 keep = (~ended_B).nonzero()[:, 0]
                 live_B, token_B, mask_BT = live_B[keep], token_B[keep], mask_BT[keep]
                 cache.batch_select_indices(keep)
-            if len(live_B) == 0 or t + 1 == limit:
-                break
-            mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
-            place_B1 = mask_BT.sum(-1, keepdim=True) - 1
-            step = {"position_ids": place_B1, "past_key_values": cache}
-            logit_BV = self.model(token_B[:, None], mask_BT, **step).logits[:, -1]
-        token_BT, logp_BT = token_BT.cpu().numpy(), logp_BT.cpu().numpy()
-        return [(token_BT[b, :n], logp_BT[b, :n]) for b, n in enumerate(length_B.tolist())]
+            ids_BT, mask_BT = token_B[:, None], torch.nn.functional.pad(mask_BT, (0, 1), value=1)
+        pairs = zip(token_BT.cpu().numpy(), logp_BT.cpu().numpy())
+        return [(ids_T[ids_T >= 0], logp_T[ids_T >= 0]) for ids_T, logp_T in pairs]
 
     def load(self, policy):
         """Copies the policy's weights, gathered from their shards."""
         for target, weight in zip(self.model.parameters(), policy.parameters()):
             target.data.copy_(weight.data.to(target.dtype).full_tensor())
-
-    def close(self):
-        """Nothing to shut down."""
 
 
 class VLLMSampler:
@@ -291,6 +276,7 @@ class VLLMSampler:
             gpu_memory_utilization=0.4,  # the trainer needs the rest
             enforce_eager=not on_gpu,
         )
+        self.close = self.llm.llm_engine.engine_core.shutdown  # and the process group with it
 
     def __call__(self, prompts, seeds):
         """One response per prompt, from its own seed: [(token ids [T], log-probabilities [T])]."""
@@ -308,11 +294,6 @@ class VLLMSampler:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.reset_prefix_cache()
 
-    def close(self):
-        """Shuts the engine down, and with it the process group."""
-        dist.barrier()
-        self.llm.llm_engine.engine_core.shutdown()
-
 
 def sample(problem_P, count_P, sampler, progress, cfg, *, stream="train", kept_PS=None):
     """Tops every problem up from its kept responses to count_P verified ones: [P][S], all ranks."""
@@ -326,28 +307,24 @@ def sample(problem_P, count_P, sampler, progress, cfg, *, stream="train", kept_P
     drawn = sampler([problem_P[p].prompt_ids for p, _ in share], seeds)
     texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in drawn]
     rewards = verify_batch(texts, [problem_P[p].answer for p, _ in share])
-    mine = [
-        (p, Response(problem_P[p].prompt_ids, *ids_and_logps, float(reward)))
-        for (p, _), ids_and_logps, reward in zip(share, drawn, rewards)
-    ]
+    mine = [(p, *pair, float(reward)) for (p, _), pair, reward in zip(share, drawn, rewards)]
     dist.all_gather_object(gathered := [None] * WORLD, mine)
-    for p, response in chain(*gathered):
-        if not np.isfinite(response.logprobs.sum()):
+    for p, ids, logprobs, reward in chain(*gathered):
+        if not np.isfinite(logprobs.sum()):
             raise SystemExit("stopped: the policy is not finite; the last checkpoint is good")
-        response_PS[p].append(response)
-        progress["responses"] += stream != "eval"
-        progress["tokens"] += len(response.token_ids) * (stream != "eval")
+        response_PS[p].append(Response(problem_P[p].prompt_ids, ids, logprobs, reward))
+        progress["responses"] += 1
+        progress["tokens"] += len(ids)
     return response_PS
 
 
 def evaluate(problems, sampler, progress, cfg):
     """Average@k and pass@k, k = eval_samples, at the sampling temperature: metrics and a line."""
-    count_P = [cfg.eval_samples] * len(problems)
-    response_PS = sample(problems, count_P, sampler, progress, cfg, stream="eval")
+    count_P, apart = [cfg.eval_samples] * len(problems), dict(progress)  # not in the budget
+    response_PS = sample(problems, count_P, sampler, apart, cfg, stream="eval")
     reward_PS = np.array([[r.reward for r in response_S] for response_S in response_PS])
     row = {"accuracy": reward_PS.mean().item(), "pass_at_k": reward_PS.max(-1).mean().item()}
-    line = f"accuracy {row['accuracy']:.3f} | pass@{cfg.eval_samples} {row['pass_at_k']:.3f}"
-    return row, line
+    return row, f"accuracy {row['accuracy']:.3f} | pass@{cfg.eval_samples} {row['pass_at_k']:.3f}"
 
 
 # ---- Policy
@@ -397,14 +374,12 @@ def load_policy(cfg, device):
     mesh = dist.init_device_mesh(device.type, (WORLD,))
     for module in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
         fully_shard(module, mesh=mesh, mp_policy=precision)
-    return fully_shard(policy, mesh=mesh, mp_policy=precision)
+    # resharded after a forward pass without a backward pass, too: load() and save() read shards
+    return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
 
 def micro_batches(responses, budget):
-    """This rank's micro-batches, lists of indices: length-sorted, at most budget padded tokens.
-
-    FSDP's ranks step together, so every rank gets as many; an empty list is an idle turn.
-    """
+    """This rank's micro-batches, lists of indices: length-sorted, at most budget padded tokens."""
     size_B = [len(r.prompt_ids) + len(r.token_ids) for r in responses]
     budget = min(budget, -(-len(size_B) // WORLD) * max(size_B, default=0))  # work for all ranks
     batches = []
@@ -412,6 +387,7 @@ def micro_batches(responses, budget):
         if not batches or (len(batches[-1]) + 1) * size_B[batches[-1][0]] > budget:
             batches.append([])
         batches[-1].append(i)
+    # FSDP's ranks step together: every rank gets as many batches, an empty one is an idle turn
     return (batches + [[]] * (-len(batches) % WORLD))[RANK::WORLD]
 
 
@@ -459,24 +435,20 @@ def weigh(response_PS, cfg):
 def update(policy, reference, optimizer, response_PS, cfg):
     """M-step: an optimiser update for each mini-batch of problems; its metrics on all ranks."""
     device, grad_norms, sums = next(policy.parameters()).device, [], torch.zeros(5)
-    for part in np.array_split(np.arange(len(response_PS)), cfg.updates_per_step):
+    for part in np.array_split(range(len(response_PS)), cfg.updates_per_step):
         batch = weigh([response_PS[p] for p in part], cfg)
         weighted = [r for r in batch if r.weight] or batch
         mean_length = np.mean([len(r.token_ids) for r in weighted] or 1)  # makes the loss per token
         for index in micro_batches(batch, cfg.tokens_per_batch):
             micro = [batch[i] for i in index] or [replace(batch[0], weight=0.0, kl_weight=0.0)]
             logp_K, entropy_K = policy(micro, token_logprobs, cfg.temperature)
-            old_K = torch.from_numpy(np.concatenate([r.logprobs for r in micro])).to(device)
-            weight_2B = torch.tensor([[r.weight, r.kl_weight] for r in micro]).T / mean_length
-            length_B = torch.tensor([len(r.token_ids) for r in micro])
-            weight_K, kl_weight_K = weight_2B.repeat_interleave(length_B, 1).to(device)
-            loss = policy_loss(logp_K, old_K, weight_K, cfg.clip_low, cfg.clip_high).sum()
-            kl = torch.zeros_like(loss)
-            if reference:
-                with torch.no_grad():
-                    reference_K, _ = reference(micro, token_logprobs, cfg.temperature)
-                gap_K = reference_K - logp_K
-                kl = ((gap_K.exp() - gap_K - 1) * kl_weight_K).sum()  # k3
+            rows = [np.broadcast_arrays(r.logprobs, r.weight, r.kl_weight) for r in micro]
+            old_K, weight_K, kl_weight_K = torch.from_numpy(np.hstack(rows)).float().to(device)
+            loss_K = policy_loss(logp_K, old_K, weight_K, cfg.clip_low, cfg.clip_high)
+            start_K = reference(micro, token_logprobs, cfg.temperature)[0] if reference else logp_K
+            gap_K = start_K - logp_K  # 0 without a reference
+            k3_K = (gap_K.exp() - gap_K - 1) * kl_weight_K
+            loss, kl = loss_K.sum() / mean_length, k3_K.sum() / mean_length
             ((loss + cfg.kl_coef * kl) * WORLD).backward()  # FSDP averages over ranks
             means_K = torch.stack([entropy_K, (logp_K - old_K).abs(), torch.ones_like(old_K)])
             sums += torch.stack([loss, kl, *(means_K * kl_weight_K).sum(-1)]).detach().cpu()
@@ -499,7 +471,7 @@ def update(policy, reference, optimizer, response_PS, cfg):
 def open_run(cfg):
     """The run's folder; an existing one is neither written over nor resumed with other settings."""
     script = Path(sys.argv[0]).stem
-    name = [cfg.run_dir or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    name = [cfg.run_dir or f"runs/{script}-{datetime.now():%Y%m%d-%H%M%S-%f}"]
     dist.broadcast_object_list(name)  # the ranks' clocks may differ
     folder = Path(name[0])
     settings = {"script": script} | asdict(cfg) | {"run_dir": "", "resume": False}
@@ -547,9 +519,8 @@ def restore(folder, policy, optimizer):
 def export(folder, policy, tokenizer):
     """Writes the model in Hugging Face format."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = dcp_state.get_model_state_dict(policy, options=options)
+    weights = dcp_state.get_model_state_dict(policy.model, options=options)
     if RANK == 0:
-        weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
         policy.model.save_pretrained(folder / "model", state_dict=weights)
         tokenizer.save_pretrained(folder / "model")
 
@@ -569,11 +540,11 @@ def summary(response_PS, row, progress):
     counts = [len(response_S) for response_S in response_PS]
     accepted = [int(sum(r.reward for r in response_S)) for response_S in response_PS]
     row = {"counts": counts, "accepted": accepted, "reward": sum(accepted) / sum(counts)} | row
-    row["accept"] = np.mean([a / n for a, n in zip(accepted, counts) if n]).item()  # per problem
+    row["accept"] = np.mean([a / max(n, 1) for a, n in zip(accepted, counts)]).item()  # per problem
     line = f"reward {row['reward']:.3f} | accept {row['accept']:.3f} | loss {row['loss']:+.3f}"
     ratio = (row.get("variance") or 1) / (row.get("variance_uniform") or 1)  # 1 without a pilot
     line += f" | n {min(counts)}..{max(counts)} | variance {ratio:.2f}x"
-    line += "" if any(accepted) else " | nothing accepted, no update"
+    line += "" if row["updates"] else " | no update: no response carries weight"
     line += f" | grad {row['grad_norm']:.2f} | responses {progress['responses']:,}"
     return row, line + f" | {sum(row['seconds'].values()):.1f} s"
 
@@ -581,24 +552,24 @@ def summary(response_PS, row, progress):
 def start_processes(cfg):
     """Joins the process group, of one without torchrun; returns this process's device."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ |= {name: os.environ.get(name, value) for name, value in alone.items()}
+    os.environ |= alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"} | dict(os.environ)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # 1 is best for tiny models
     torch.manual_seed(cfg.seed)
     transformers_logging.disable_progress_bar()
     if not torch.cuda.is_available():
         dist.init_process_group("gloo")
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl")
-    return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def main(cfg):
     """Prepares the run, then Algorithm 1, one line a line."""
     start = time.perf_counter()
     farewell = "interrupted; the same command continues with the run's --run-dir and --resume"
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(farewell))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(RANK or farewell))
     check(cfg)
     device = start_processes(cfg)
     complaint = f"--model {cfg.model} is no folder or hub name of a model with a tokenizer"
@@ -613,9 +584,8 @@ def main(cfg):
     use_vllm = cfg.sampler == "vllm" or (cfg.sampler == "auto" and has_vllm)
     sampler = (VLLMSampler if use_vllm else TorchSampler)(cfg, tokenizer, device)
     policy = load_policy(cfg, device)
-    reference = load_policy(cfg, device) if cfg.kl_coef else None
-    settings = {"lr": cfg.learning_rate, "weight_decay": 0.01, "foreach": True}
-    optimizer = torch.optim.AdamW(policy.parameters(), **settings)
+    reference = load_policy(cfg, device).requires_grad_(False) if cfg.kl_coef else None
+    optimizer = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, foreach=True)
     folder = open_run(cfg)
     progress = restore(folder, policy, optimizer)
     sampler.load(policy)
@@ -637,7 +607,7 @@ def main(cfg):
         progress["step"] = step + 1
         log(folder, progress, *summary(response_PS, row, progress))
         last = step + 1 == cfg.steps
-        if last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
+        if last or (step + 1) % (cfg.eval_every or cfg.steps) == 0:
             log(folder, progress, *evaluate(eval_problems, sampler, progress, cfg))
         progress["seconds"] += time.perf_counter() - clock[0]
         if last or (step + 1) % cfg.save_every == 0:
@@ -650,6 +620,7 @@ def main(cfg):
         print(f"accuracy_before: {accuracy[0]:.4f}\naccuracy_after: {accuracy[-1]:.4f}")
         print(f"responses_total: {progress['responses']}\ntokens_total: {progress['tokens']}")
         print(f"seconds_total: {progress['seconds']:.1f}")
+    dist.barrier()
     sampler.close()
     if dist.is_initialized():
         dist.destroy_process_group()
