@@ -155,8 +155,9 @@ def report(runs, arms, seeds):
 
     def cell(arm, k, form, interval=True):
         value, low, high = results[arm][:, k]
-        text = "not reached" if np.isinf(value) else "-" if np.isnan(value) else f"{value:{form}}"
-        both = interval and (ARMS | ABLATION)[arm][1] != arm and np.isfinite(value)
+        known = np.isfinite(value) and (k < 13 or value > 0)  # else a level is not reached
+        text = f"{value:{form}}" if known else "not reached" if k < 13 else "-"
+        both = interval and (ARMS | ABLATION)[arm][1] != arm and known
         return text + (f" [{low:{form}}, {high:{form}}]" if both else "")
 
     def table(title, header, rows):
@@ -198,6 +199,7 @@ def draw(runs, arms, out):
             panel.fill_between(axis, low, high, color=STYLES[arm], alpha=0.2, lw=0)
     for panel, name in zip(panels, AXES):
         panel.set(xlabel=f"{name}, pilots included", xlim=(0, None))
+        panel.locator_params(axis="x", nbins=5)
         panel.xaxis.set_major_formatter("{x:,.0f}")
         panel.grid(alpha=0.25, lw=0.6)
     panels[0].set(ylabel="held-out accuracy")
