@@ -260,7 +260,7 @@ def gone(pid, seconds):
 
 @pytest.mark.slow
 def test_no_process_is_left_after_exit():
-    assert gone(int(python(CALLER).stdout), 2)
+    assert gone(int(python(CALLER).stdout), 10)  # it ends on its own, however busy the machine
 
 
 @pytest.mark.slow
@@ -301,7 +301,7 @@ def test_ctrl_c_ends_a_hanging_verification_at_once():
     caller.send_signal(signal.SIGINT)
     start = time.monotonic()
     assert "KeyboardInterrupt" in caller.communicate()[1]
-    assert time.monotonic() - start < 2 and gone(worker, 2)
+    assert time.monotonic() - start < 2 and gone(worker, 10)
 
 
 @pytest.mark.slow
