@@ -112,7 +112,7 @@ def _column(name, value, size, low=0, high=1e100, whole=False, skip=False):
     """The value as floats, one per problem; a ValueError names it and the first offending index."""
     x_P = np.asarray(value, float) if np.ndim(value) else np.full(size, value, float)
     if x_P.shape != (size,) or size == 0:
-        raise ValueError(f"{name}[{min(size, len(x_P))}]: shape {x_P.shape} should be ({size},)")
+        raise ValueError(f"{name}[{min(size, len(x_P))}]: shape {x_P.shape}, not ({size or '>0'},)")
     good_P = (x_P >= low) & (x_P <= high) & ((x_P == x_P.round()) | (not whole)) | skip
     for i in np.flatnonzero(~good_P):
         low, high = np.broadcast_to(low, size)[i], np.broadcast_to(high, size)[i]

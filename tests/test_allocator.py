@@ -3,10 +3,11 @@
 import doctest
 import heapq
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import allocator
@@ -15,9 +16,9 @@ from bench.pilot import SHAPES, simulate
 
 
 def cost(count_P, c_P):
-    """(Σ cᵢ without a response, Σ cᵢ/nᵢ over the rest): compared in this order."""
-    drawn_P = count_P > 0
-    return c_P[~drawn_P].sum(), (c_P[drawn_P] / count_P[drawn_P]).sum()
+    """(Σ cᵢ without a response, Σ cᵢ/nᵢ over the rest): in this order, summed exactly."""
+    pairs = [(Fraction(float(c)), int(n)) for c, n in zip(c_P, count_P, strict=True)]
+    return sum(c for c, n in pairs if n == 0), sum(c / n for c, n in pairs if n > 0)
 
 
 def compositions(total, parts):
@@ -107,6 +108,7 @@ def test_problems_never_solved_or_without_a_gradient_weigh_nothing():
 
 @settings(max_examples=150, deadline=None)
 @given(SEEDS, st.integers(1, 4), st.integers(0, 9), st.sampled_from(list(NORMS)))
+@example(seed=3, size=3, budget=2, norms="12 orders")  # a float sum hides the smallest cᵢ
 def test_no_composition_of_the_budget_is_better(seed, size, budget, norms):
     rng = np.random.default_rng(seed)
     norm_P = NORMS[norms](rng, size)
@@ -121,8 +123,9 @@ def test_no_composition_of_the_budget_is_better(seed, size, budget, norms):
         if all(low <= k <= high for low, k, high in zip(low_P, n, high_P, strict=True))
     )
     assert count_P.sum() == budget
-    unserved, best = min(cost(n, c_P) for n in inside)
-    assert cost(count_P, c_P) == pytest.approx((unserved, best), rel=1e-9)
+    unserved, best = cost(count_P, c_P)
+    least_unserved, least = min(cost(n, c_P) for n in inside)
+    assert unserved == least_unserved and best <= least * (1 + Fraction(1, 10**9))
 
 
 @settings(max_examples=220, deadline=None)
@@ -174,7 +177,8 @@ def test_permuting_the_problems_permutes_the_answer_up_to_ties(ten_cases, seed):
         order = np.random.default_rng(seed).permutation(len(c_P))
         shuffled = (rate_P[order], norm_P[order], budget, low_P[order], high_P[order])
         again_P, again_c_P, *_ = solve(shuffled)
-        assert cost(again_P, again_c_P) == pytest.approx(cost(count_P, c_P), rel=1e-12)
+        for again, once in zip(cost(again_P, again_c_P), cost(count_P, c_P), strict=True):
+            assert float(again) == pytest.approx(float(once), rel=1e-12)
         if len(set(c_P)) == len(c_P):
             assert again_P.tolist() == count_P[order].tolist()
 
