@@ -42,7 +42,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm, trange
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from verify_math import verify_batch
@@ -102,6 +102,7 @@ class Response:
     token_ids: np.ndarray
     logprobs: np.ndarray
     reward: float
+    rank: int = 0  # of the process that drew it
     weight: float = 0.0  # of its log-probability in the objective
     kl_weight: float = 0.0  # of its divergence from the starting model
 
@@ -223,12 +224,12 @@ class TorchSampler:
         token_BT = torch.full_like(uniform_BT, -1, dtype=torch.long)  # -1 stays after the end
         logp_BT, live_B = uniform_BT.clone(), torch.arange(len(prompts), device=self.device)
         ids_BT = pad_sequence([torch.tensor(p) for p, _ in groups], True, -1, "left").to(live_B)
-        mask_BT, cache = (ids_BT >= 0).long(), None
+        mask_BT, cache = (ids_BT >= 0).long(), DynamicCache(config=self.model.config)
         for t in trange(limit, desc="sample", leave=False, disable=RANK > 0):
             place_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
-            inputs = {"attention_mask": mask_BT, "position_ids": place_BT, "past_key_values": cache}
-            out = self.model(ids_BT.clamp(min=0), use_cache=True, logits_to_keep=1, **inputs)
-            cache, logit_BV = out.past_key_values, out.logits[:, -1].float()
+            inputs = ids_BT.clamp(min=0), mask_BT, place_BT, cache
+            out = self.model(*inputs, use_cache=True, logits_to_keep=1)
+            logit_BV = out.logits[:, -1].float()
             if t == 0:  # each prompt ran once: repeat it for its responses
                 row_B = torch.repeat_interleave(torch.tensor([n for _, n in groups])).to(live_B)
                 cache.batch_select_indices(row_B)
@@ -299,20 +300,25 @@ def sample(problem_P, count_P, sampler, progress, cfg, *, stream="train", kept_P
     """Tops every problem up from its kept responses to count_P verified ones: [P][S], all ranks."""
     response_PS = [list(kept_S) for kept_S in kept_PS] if kept_PS else [[] for _ in problem_P]
     jobs = [(p, s) for p, n in enumerate(count_P) for s in range(len(response_PS[p]), n)]
-    # equal shares of responses, whatever the nᵢ: no rank waits for the hardest problems
-    share = jobs[len(jobs) * RANK // WORLD : len(jobs) * (RANK + 1) // WORLD]
+    # equal shares of the tokens to expect, whatever the nᵢ: no rank waits for the hardest problems
+    length_PS = [[len(r.token_ids) for r in response_S] for response_S in response_PS]
+    typical = np.mean(list(chain(*length_PS)) or 1)  # of a problem without kept responses
+    cost_P = [np.mean(length_S or typical) for length_S in length_PS]
+    ahead = np.cumsum([0, *(cost_P[p] for p, _ in jobs)])
+    rank_J = (ahead[1:] + ahead[:-1]) / 2 * WORLD // max(ahead[-1], 1)
+    share = [job for job, rank in zip(jobs, rank_J) if rank == RANK]
     name = int.from_bytes(stream.encode())  # pilots, training and evaluation share no random number
     keys = [(cfg.seed, name, progress["step"], problem_P[p].index, s) for p, s in share]
     seeds = [int(np.random.SeedSequence(key).generate_state(1)[0]) for key in keys]
     drawn = sampler([problem_P[p].prompt_ids for p, _ in share], seeds)
     texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in drawn]
     rewards = verify_batch(texts, [problem_P[p].answer for p, _ in share])
-    mine = [(p, *pair, float(reward)) for (p, _), pair, reward in zip(share, drawn, rewards)]
+    mine = [(p, *pair, float(r), RANK) for (p, _), pair, r in zip(share, drawn, rewards)]
     dist.all_gather_object(gathered := [None] * WORLD, mine)
-    for p, ids, logprobs, reward in chain(*gathered):
+    for p, ids, logprobs, *verdict in chain(*gathered):
         if not np.isfinite(logprobs.sum()):
             raise SystemExit("stopped: the policy is not finite; the last checkpoint is good")
-        response_PS[p].append(Response(problem_P[p].prompt_ids, ids, logprobs, reward))
+        response_PS[p].append(Response(problem_P[p].prompt_ids, ids, logprobs, *verdict))
         progress["responses"] += 1
         progress["tokens"] += len(ids)
     return response_PS
@@ -368,12 +374,12 @@ def load_policy(cfg, device):
     model = load_model(cfg, torch.float32)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    policy = Policy(model).to(device).train(cfg.gradient_checkpointing)  # eval mode: no dropout
+    policy = Policy(model).train(cfg.gradient_checkpointing)  # eval mode: no dropout
     half = torch.bfloat16 if device.type == "cuda" else None
     precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh(device.type, (WORLD,))
     for module in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+        fully_shard(module, mesh=mesh, mp_policy=precision)  # moves its own weights to the device
     # resharded after a forward pass without a backward pass, too: load() and save() read shards
     return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
@@ -432,9 +438,14 @@ def weigh(response_PS, cfg):
     ]
 
 
+def imbalance(work_R):
+    """The busiest rank's work over the mean: at 1 no rank waits for another."""
+    return float(np.max(work_R) / np.mean(work_R)) if np.any(work_R) else 1.0
+
+
 def update(policy, reference, optimizer, response_PS, cfg):
     """M-step: an optimiser update for each mini-batch of problems; its metrics on all ranks."""
-    device, grad_norms, sums = next(policy.parameters()).device, [], torch.zeros(5)
+    device, grad_norms, sums = next(policy.parameters()).device, [], torch.zeros(6 + WORLD)
     for part in np.array_split(range(len(response_PS)), cfg.updates_per_step):
         batch = weigh([response_PS[p] for p in part], cfg)
         weighted = [r for r in batch if r.weight] or batch
@@ -451,7 +462,11 @@ def update(policy, reference, optimizer, response_PS, cfg):
             loss, kl = loss_K.sum() / mean_length, k3_K.sum() / mean_length
             ((loss + cfg.kl_coef * kl) * WORLD).backward()  # FSDP averages over ranks
             means_K = torch.stack([entropy_K, (logp_K - old_K).abs(), torch.ones_like(old_K)])
-            sums += torch.stack([loss, kl, *(means_K * kl_weight_K).sum(-1)]).detach().cpu()
+            parts = torch.stack([loss, kl, *(means_K * kl_weight_K).sum(-1)])
+            sums[:5] += parts.detach().cpu()
+            size_B = [len(r.prompt_ids) + len(r.token_ids) for r in micro]
+            sums[5] += sum(size_B)
+            sums[6 + RANK] += len(micro) * max(size_B)
         if batch:  # else nothing was accepted: nothing to learn
             grad_norms.append(clip_grad_norm_(policy.parameters(), 1.0).full_tensor().item())
             if not np.isfinite(grad_norms[-1]):
@@ -459,8 +474,10 @@ def update(policy, reference, optimizer, response_PS, cfg):
             optimizer.step()
             optimizer.zero_grad()
     dist.all_reduce(sums)
-    loss, kl, entropy, shift, total = sums.tolist()
+    loss, kl, entropy, shift, total, tokens, *padded_R = sums.tolist()
     metrics = {"loss": loss / cfg.updates_per_step, "kl": kl / cfg.updates_per_step}
+    metrics["imbalance_update"] = imbalance(padded_R)
+    metrics["padding"] = 1 - tokens / (sum(padded_R) or 1)  # share of a forward pass on padding
     metrics |= {"entropy": entropy / (total or 1), "logp_shift": shift / (total or 1)}
     return metrics | {"grad_norm": np.mean(grad_norms or 0).item(), "updates": len(grad_norms)}
 
@@ -541,6 +558,12 @@ def summary(response_PS, row, progress):
     accepted = [int(sum(r.reward for r in response_S)) for response_S in response_PS]
     row = {"counts": counts, "accepted": accepted, "reward": sum(accepted) / sum(counts)} | row
     row["accept"] = np.mean([a / max(n, 1) for a, n in zip(accepted, counts)]).item()  # per problem
+    # tokens that every rank drew, and would have drawn if the problems were split over the ranks
+    m, length_B = len(counts), [len(r.token_ids) for r in chain(*response_PS)]
+    rank_B = [r.rank for r in chain(*response_PS)]
+    split_B = np.repeat(np.arange(m) * WORLD // m, counts)
+    row["imbalance_split"] = imbalance(np.bincount(split_B, length_B, WORLD))
+    row["imbalance_sample"] = imbalance(np.bincount(rank_B, length_B, WORLD))
     line = f"reward {row['reward']:.3f} | accept {row['accept']:.3f} | loss {row['loss']:+.3f}"
     ratio = (row.get("variance") or 1) / (row.get("variance_uniform") or 1)  # 1 without a pilot
     line += f" | n {min(counts)}..{max(counts)} | variance {ratio:.2f}x"

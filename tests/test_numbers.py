@@ -299,6 +299,7 @@ def test_gradient_does_not_depend_on_the_micro_batches(gradient, response_PS, sc
         response_PS, Config(updates_per_step=1, tokens_per_batch=tokens), script
     )
     assert relative(split, whole) < 1e-6
+    assert metrics.pop("padding") >= again.pop("padding")  # small micro-batches pad less
     assert again == pytest.approx(metrics, rel=1e-5)
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SUMMARY = ["accuracy_before", "accuracy_after", "responses_total", "tokens_total", "seconds_total"]
 PILOTS = {"raft": {}, "gvm_raft": {"pilot_samples": 2}, "gvm_grpo": {"pilot_samples": 2}}
+OF_RANKS = {"padding", "imbalance_split", "imbalance_sample", "imbalance_update"}
 SLOW_GRPO = pytest.param("gvm_grpo", marks=pytest.mark.slow)
 
 
@@ -162,7 +163,7 @@ def test_two_processes_learn_what_one_does(small, tmp_path, script):
     both = zip(one, rows(tmp_path / "two"), strict=True)
     for first, second in list(both)[:2]:  # later ones follow another rounding
         assert first.keys() == second.keys()
-        for key in first:
+        for key in first.keys() - OF_RANKS:
             assert second[key] == pytest.approx(first[key], rel=2e-6, abs=1e-8), key
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in first:
@@ -210,7 +211,7 @@ def test_torchrun_starts_two_processes(small, tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     first, second = train_rows(one)[0], train_rows(rows(tmp_path / "two"))[0]
-    for key in first:
+    for key in first.keys() - OF_RANKS:
         assert second[key] == pytest.approx(first[key], rel=2e-6, abs=1e-8), key
 
 
