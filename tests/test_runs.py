@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,16 +217,23 @@ def test_torchrun_starts_two_processes(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_two_processes_continues_on_one(long_run, tmp_path):
+def test_a_checkpoint_of_two_processes_continues_on_one_with_the_same_loss(long_run, tmp_path):
     settings = long_run[0] | {"run_dir": str(tmp_path / "run")}
     two = start("gvm_raft", tmp_path / "log", world=2, **settings)
     wait_for(tmp_path / "run" / "checkpoint" / "000002", two[0])
     for process in two:
         process.kill()
     assert finish(two) == [-signal.SIGKILL] * 2
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
     before = rows(tmp_path / "run")
     found, _ = run("gvm_raft", **settings, resume=True)
-    assert found[: len(before)] == before and found[-1]["step"] == 4
+    settings["run_dir"] = str(tmp_path / "again")
+    assert finish(start("gvm_raft", tmp_path / "log", world=2, **settings, resume=True)) == [0, 0]
+    on_two = rows(tmp_path / "again")
+    assert found[: len(before)] == on_two[: len(before)] == before and found[-1]["step"] == 4
+    first, second = found[len(before)], on_two[len(before)]
+    for key in first.keys() - OF_RANKS:
+        assert second[key] == pytest.approx(first[key], rel=2e-6, abs=1e-8), key
 
 
 # ---- Stopped and continued
