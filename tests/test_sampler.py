@@ -1,5 +1,6 @@
 """The sampler without vLLM against full forward passes, the softmax and transformers' generate."""
 
+import contextlib
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
@@ -164,6 +165,33 @@ def test_responses_do_not_depend_on_the_number_of_processes(
         sizes.append(progress["responses"])
         parts = [part + new for part, new in zip(parts, found)]
     assert parts == whole and max(sizes) - min(sizes) <= 1  # equal work
+
+
+def test_no_process_waits_for_the_problems_with_long_responses(monkeypatch, problems):
+    """Pilots tell how long a problem's responses are: shares are equal in tokens, not in number."""
+    lengths, count_P = [40, 2, 2, 30, 2, 2, 2, 2], [5, 9, 3, 7, 9, 9, 9, 9]
+    pilot_PS = [[gvm_raft.Response([0], np.zeros(n), np.zeros(n), 0.0)] for n in lengths]
+    share, tokens = {}, []
+    monkeypatch.setattr(gvm_raft, "WORLD", 3)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda gathered, mine: None)
+    for rank in range(3):
+        monkeypatch.setattr(gvm_raft, "RANK", rank)
+        monkeypatch.setattr(gvm_raft, "verify_batch", lambda *_: [])
+        with contextlib.suppress(TypeError):  # nothing is gathered here
+            gvm_raft.sample(
+                problems[:8],
+                count_P,
+                lambda prompts, seeds, rank=rank: share.update({rank: prompts}) or [],
+                {"step": 0},
+                CONFIG,
+                kept_PS=pilot_PS,
+            )
+        length = {tuple(p.prompt_ids): n for p, n in zip(problems, lengths)}
+        tokens.append(sum(length[tuple(prompt)] for prompt in share[rank]))
+    work_P = (np.array(count_P) - 1) * lengths
+    assert sum(tokens) == work_P.sum()
+    split_over_ranks = np.bincount(np.arange(8) * 3 // 8, work_P)
+    assert gvm_raft.imbalance(tokens) < 1.15 and gvm_raft.imbalance(split_over_ranks) == 1.5
 
 
 def test_pilots_are_topped_up_to_the_same_responses(process_group, sampler, problems):
