@@ -85,6 +85,7 @@ class Config:
     run_dir: str = ""  # folder of the run; default runs/<script>-<time>
     resume: bool = False  # continue the run in --run-dir from its last checkpoint
     sampler: Literal["auto", "torch", "vllm"] = "auto"  # auto: vllm where CUDA and vllm are there
+    sleep: bool = False  # vllm frees its GPU memory between its turns, for models that need it all
     tokens_per_batch: int = 16384  # padded tokens of a micro-batch; a quarter of a sampler's batch
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
 
@@ -286,26 +287,38 @@ class VLLMSampler:
             max_model_len=-1,  # the model's own limit, or what fits into memory
             distributed_executor_backend="external_launcher",  # torchrun's processes
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled
-            gpu_memory_utilization=0.4,  # the trainer needs the rest
+            gpu_memory_utilization=0.7 if cfg.sleep else 0.4,  # the trainer needs the rest
+            enable_sleep_mode=cfg.sleep and on_gpu,
             enforce_eager=not on_gpu,
         )
+        self.sleeps = cfg.sleep
         self.close = self.llm.llm_engine.engine_core.shutdown  # and the process group with it
 
     def __call__(self, prompts, seeds):
         """One response per prompt, from its own seed: [(token ids [T], log-probabilities [T])]."""
+        self.wake()
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         params = [self.params(seed=seed) for seed in seeds]
         bar = RANK == 0 and partial(tqdm, leave=False)
         drawn = [o.outputs[0] for o in self.llm.generate(requests, params, use_tqdm=bar)]
+        if self.sleeps:
+            self.llm.sleep(level=1)  # the weights wait in the host's memory
         logprobs = [[at[i].logprob for i, at in zip(d.token_ids, d.logprobs)] for d in drawn]
         return [(np.array(d.token_ids), np.array(p, "f4")) for d, p in zip(drawn, logprobs)]
 
     def load(self, policy):
         """Streams the weights into the engine, which forgets prefixes cached under the old ones."""
+        self.wake()
         named = policy.model.named_parameters()
         weights = ((name, weight.data.to(self.dtype).full_tensor()) for name, weight in named)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.reset_prefix_cache()
+
+    def wake(self):
+        """Takes back the memory that the engine left to the trainer, if it did."""
+        if self.llm.llm_engine.is_sleeping():
+            torch.cuda.empty_cache()  # what the trainer keeps but does not use
+            self.llm.wake_up()
 
 
 def sample(problem_P, count_P, sampler, progress, cfg, *, stream="train", kept_PS=None):
