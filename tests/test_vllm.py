@@ -43,13 +43,29 @@ def train(small, tmp_path_factory):
         folder = tmp_path_factory.mktemp("runs") / "run"
         settings |= small | three | {"sampler": "vllm", "run_dir": str(folder)}
         line = [sys.executable, *map(str, arguments), *options(settings)]
-        environ = os.environ | ENVIRON
-        done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-        assert "accuracy_after: " in done.stdout
+        log = folder.with_name("log")
+        with open(log, "w") as file:
+            started = subprocess.Popen(line, env=os.environ | ENVIRON, stdout=file, stderr=file)
+        code = exit_code(started)
+        printed = log.read_text()
+        assert code == 0, f"exit code {code}; {printed[-8000:]}"
+        assert "accuracy_after: " in printed
         return rows(folder)
 
     return train
+
+
+def exit_code(started, seconds=300):
+    """The exit code of a run, which takes half a minute; of one that hangs, "it hangs"."""
+    try:
+        return started.wait(seconds)
+    except subprocess.TimeoutExpired:
+        started.terminate()  # torchrun passes it on to its processes
+        try:
+            started.wait(60)
+        except subprocess.TimeoutExpired:
+            started.kill()
+        return "it hangs"
 
 
 @pytest.fixture(scope="module")
