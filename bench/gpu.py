@@ -51,9 +51,8 @@ PEAKS |= {"L40S": 362, "L40": 181, "A10": 125, "4090": 165, "5090": 210}  # TFLO
 SHAPES = {  # hidden, intermediate, layers, heads, heads of keys and values
     "0.5B": (896, 4864, 24, 14, 2),
     "1.5B": (1536, 8960, 28, 12, 2),
-    "miniature": (64, 128, 2, 4, 2),
+    "miniature": (64, 128, 2, 2, 1),
 }
-PHASES = ["sample", "e_step", "update", "push"]
 VOCABULARY, EACH = 151_936, 8  # tokens; responses per problem, half of them pilots
 
 
@@ -111,18 +110,17 @@ def measure(shape, length, sampler_name, folder, options):
     policy = gvm_raft.load_policy(cfg, device)
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, foreach=True)
     row = step(problem_P, policy, sampler, optimizer, cfg)
-    row["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device.type == "cuda":
-        row["bytes"] = torch.cuda.max_memory_allocated()
     sampler.close()
-    return row
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    on_gpu = device.type == "cuda"
+    return row | {"bytes": torch.cuda.max_memory_allocated() if on_gpu else peak}
 
 
 def step(problem_P, policy, sampler, optimizer, cfg):
     """Pilot, statistics, allocation, sampling, update and push: what they took, after a warm-up."""
     ids_ST = np.random.default_rng(0).integers(VOCABULARY, size=(EACH, cfg.max_new_tokens))
-    one = problem_P[0].prompt_ids, np.zeros(cfg.max_new_tokens, "f4")
-    warm = [gvm_raft.Response(one[0], ids, one[1], 1.0) for ids in ids_ST]
+    prompt_ids, logprobs = problem_P[0].prompt_ids, np.zeros(cfg.max_new_tokens, "f4")
+    warm = [gvm_raft.Response(prompt_ids, ids, logprobs, 1.0) for ids in ids_ST]
     gvm_raft.update(policy, None, optimizer, [warm], cfg)
     with torch.no_grad():
         policy(warm[:1], gvm_raft.head_grad_norms, cfg.temperature)
@@ -138,7 +136,7 @@ def step(problem_P, policy, sampler, optimizer, cfg):
     timed(seconds, "update", gvm_raft.update)(policy, None, optimizer, response_PS, cfg)
     timed(seconds, "push", sampler.load)(policy)
 
-    pilot, drawing, e_step, update, push = chain(*(seconds[name] for name in PHASES))
+    pilot, drawing, e_step, update, push = chain(*seconds.values())  # in the order they ended
     learned = [r for r in chain(*response_PS) if r.reward]
     tokens = sum(len(r.prompt_ids) + len(r.token_ids) for r in learned)
     row = {"sampled": (progress["tokens"] - pilots) / drawing, "learned": tokens / update}
@@ -150,12 +148,13 @@ def step(problem_P, policy, sampler, optimizer, cfg):
 
 
 def python(arguments, environ):
-    """Runs Python: what it prints; where it fails, an error with its last line."""
+    """Runs Python: what it prints; where it fails, an exception with the last line of its error."""
     command, settings = [sys.executable, *map(str, arguments)], {"cwd": ROOT, "env": environ}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, **settings)
     if done.returncode:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        raise RuntimeError(f"exit code {done.returncode}: {lines[-1][:200] if lines else ''}")
+        lines = ["", *filter(str.strip, (done.stdout + done.stderr).splitlines())]
+        reason = next((line for line in reversed(lines) if "Error" in line), lines[-1])
+        raise RuntimeError(f"exit code {done.returncode}: {reason[:200]}")
     return done.stdout
 
 
@@ -230,11 +229,9 @@ def main(options):
     }
     shapes = ["miniature"] if options.cpu else ["0.5B", "1.5B"][: 1 if options.quick else 2]
     lengths = [16] if options.cpu else [1024, 4096][: 1 if options.quick else 2]
-    own = [__file__, "--tokens-per-batch", options.tokens_per_batch, *["--cpu"] * options.cpu]
-    own += ["--gradient-checkpointing"] * options.gradient_checkpointing
-    for shape, length, s in product(shapes, lengths, samplers):
-        part = [*own, "--part", f"{shape}:{length}:{s}"]
-        jobs[f"{shape} | {length} | {s}"] = (python, part, environ)
+    own = [__file__, *sys.argv[1:], "--part"]
+    for row in product(shapes, map(str, lengths), samplers):
+        jobs[" | ".join(row)] = (python, [*own, ":".join(row)], environ)
 
     said, rows, failed = {}, {}, []
     for name, (job, *args) in (bar := tqdm(jobs.items())):
