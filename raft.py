@@ -369,7 +369,7 @@ class Policy(torch.nn.Module):
         return measure(hidden_KD, target_K, [len(r.token_ids) for r in batch], head, temperature)
 
 
-def token_logprobs(hidden_KD, target_K, length_B, head, temperature, chunk=1024):
+def token_logprobs(hidden_KD, target_K, length_B, head, temperature, chunk=512):
     """Log-probability and entropy [K] of response tokens, with at most chunk rows of logits."""
 
     def measure(hidden_KD, target_K):

@@ -15,7 +15,7 @@ where it is sure; then in float32 against float64 at the full vocabulary.
 
 Targets: the authors' way takes >= 3 times ours at T = 256 and >= 1.5 times at T = 1024.
 
-Run: python bench/grad_norm.py [--repeats 3] [--layers 24] [--lengths 256 1024]      (7 minutes)
+Run: python bench/grad_norm.py [--repeats 3] [--layers 24] [--lengths 256 1024]      (15 minutes)
 """
 
 import datetime
