@@ -106,10 +106,13 @@ def fill_bank(cfg):
     return Bank(reward_PS, row_PS, *map(np.array, zip(*grads)))
 
 
-def pilot_rule(pilots, *, reuse=True, prior=1.0, norm="head", paid=True, spread=False):
+def pilot_rule(
+    pilots, *, reuse=True, prior=1.0, norm="head", paid=True, spread=False, mean=False
+):
     """The E-step from pilots: a function of (bank, rng) to counts and pilot columns [P, N'].
 
-    spread: nᵢ ∝ √(pᵢ(1-pᵢ)), the spread of the rewards, instead of Prop. 1.
+    spread: nᵢ ∝ √(pᵢ(1-pᵢ)), the spread of the rewards, instead of Prop. 1. mean: a problem
+    without an accepted pilot takes the mean Ĝ of the others instead of the largest.
     """
 
     def rule(bank, rng):
@@ -122,6 +125,8 @@ def pilot_rule(pilots, *, reuse=True, prior=1.0, norm="head", paid=True, spread=
         norm_P = np.sqrt((norm_PS**2 * reward_PS).sum(1) / np.maximum(accepted_P, 1))
         budget = EACH * m - (0 if reuse or not paid else pilots * m)
         rates = estimate(accepted_P, pilots, norm_P, prior)
+        if mean and accepted_P.any():
+            rates = rates[0], np.where(accepted_P > 0, norm_P, norm_P[accepted_P > 0].mean())
         if spread:
             rates = np.ones(m), np.sqrt(rates[0] * (1 - rates[0]))
         count_P = allocate(*rates, budget, minimum=pilots if reuse else 0)
@@ -172,6 +177,8 @@ RULES = {
     "4 pilots, re-used, prior 0": pilot_rule(4, prior=0),
     "4 pilots, re-used, prior 1, G = 1": pilot_rule(4, norm="one"),
     "4 pilots, re-used, prior 1, full G": pilot_rule(4, norm="full"),
+    "4 pilots, re-used, prior 1, mean G if unsolved": pilot_rule(4, mean=True),
+    "2 pilots, re-used, prior 1, mean G if unsolved": pilot_rule(2, mean=True),
     "4 pilots, thrown away, prior 1": pilot_rule(4, reuse=False),
     "4 pilots, thrown away, prior 0": pilot_rule(4, reuse=False, prior=0),
     "2 pilots, re-used, prior 1": pilot_rule(2),

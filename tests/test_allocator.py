@@ -253,7 +253,7 @@ def test_predicted_variance_is_eq_7_and_infinite_without_a_response():
 
 def test_a_pilot_estimate_without_prior_is_the_papers():
     p_P, G_P = estimate([0, 2, 8], [8, 8, 8], [np.nan, 1.0, 3.0], prior=0)
-    assert p_P.tolist() == [0, 0.25, 1] and G_P.tolist() == [2, 1, 3]
+    assert p_P.tolist() == [0, 0.25, 1] and G_P.tolist() == [3, 1, 3]  # unsolved: the largest
     p_P, G_P = estimate([0, 0], [8, 8], [np.nan, np.nan])
     assert p_P.tolist() == [0, 0] and G_P.tolist() == [1, 1]
 
