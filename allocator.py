@@ -65,15 +65,15 @@ def predicted_variance(count_P, accept_rate_P, grad_norm_P, *, alpha=1e-3, beta=
 def estimate(accepted_P, drawn_P, norm_P, prior=1.0):
     """p̂ᵢ and Ĝᵢ of Algorithm 2 from drawn pilots and the RMS gradient norm of those accepted.
 
-    p̂ᵢ adds prior more pilots, accepted at the batch's rate (0: the paper's p̂ᵢ). Where none is, norm_P
-    is not read and Ĝᵢ the largest of the others (or 1): the unlikely has large gradients.
-    """
+    p̂ᵢ adds prior more pilots, accepted at the batch's rate (0: the paper's p̂ᵢ). Of an unsolved
+    problem norm_P is not read: Ĝᵢ is the mean of those with the fewest accepted, 1 without any."""
     n_P = _column("drawn_P", drawn_P, np.size(accepted_P), low=1)
     a_P = _column("accepted_P", accepted_P, n_P.size, high=n_P)
     G_P = _column("norm_P", norm_P, n_P.size, skip=a_P == 0)
     _column("prior", prior, 1)
     p_P = (a_P + prior * a_P.sum() / n_P.sum()) / (n_P + prior)
-    return p_P, np.where(a_P > 0, G_P, G_P[a_P > 0].max() if a_P.any() else 1.0)
+    hard_P = a_P == a_P.min(initial=np.inf, where=a_P > 0)  # hard problems have large gradients
+    return p_P, np.where(a_P > 0, G_P, G_P[hard_P].mean() if a_P.any() else 1.0)
 
 
 def _greedy(c_P, budget, few_P, many_P):

@@ -106,13 +106,11 @@ def fill_bank(cfg):
     return Bank(reward_PS, row_PS, *map(np.array, zip(*grads)))
 
 
-def pilot_rule(
-    pilots, *, reuse=True, prior=1.0, norm="head", paid=True, spread=False, mean=False
-):
+def pilot_rule(pilots, *, reuse=True, prior=1.0, norm="head", paid=True, spread=False, mean=False):
     """The E-step from pilots: a function of (bank, rng) to counts and pilot columns [P, N'].
 
     spread: nᵢ ∝ √(pᵢ(1-pᵢ)), the spread of the rewards, instead of Prop. 1. mean: a problem
-    without an accepted pilot takes the mean Ĝ of the others instead of the largest.
+    without an accepted pilot takes the mean Ĝ of all others, not of those with fewest accepted.
     """
 
     def rule(bank, rng):

@@ -253,9 +253,14 @@ def test_predicted_variance_is_eq_7_and_infinite_without_a_response():
 
 def test_a_pilot_estimate_without_prior_is_the_papers():
     p_P, G_P = estimate([0, 2, 8], [8, 8, 8], [np.nan, 1.0, 3.0], prior=0)
-    assert p_P.tolist() == [0, 0.25, 1] and G_P.tolist() == [3, 1, 3]  # unsolved: the largest
+    assert p_P.tolist() == [0, 0.25, 1] and G_P.tolist() == [1, 1, 3]
     p_P, G_P = estimate([0, 0], [8, 8], [np.nan, np.nan])
     assert p_P.tolist() == [0, 0] and G_P.tolist() == [1, 1]
+
+
+def test_an_unsolved_problem_has_the_norm_of_those_hardly_solved():
+    _, G_P = estimate([0, 1, 1, 4, 0], [4] * 5, [np.nan, 6.0, 8.0, 1.0, np.nan])
+    assert G_P.tolist() == [7, 6, 8, 1, 7]
 
 
 def test_a_prior_pulls_towards_the_rate_of_the_batch():
