@@ -13,10 +13,16 @@ the arm is faster. Intervals: 95%, 2,000 bootstraps over seeds, the same seeds f
 Run: python bench/learning.py [--seeds 10] [--ablation]   (a run takes a minute on one core)
      python bench/learning.py --quick                     (two minutes on two cores, says little)
 A finished run is kept in runs/learning/ and not run again.
+
+A real model, on a machine with a GPU, after bench/warmup.py has left it in runs/warm:
+python bench/learning.py --seeds 3 --steps 40 --problems-per-step 64 --learning-rate 1e-5 --jobs 1
+    --eval-every 5 --extra "--model runs/warm --problems gsm8k_train.jsonl --eval-problems
+    gsm8k_test.jsonl --max-new-tokens 256 --eval-samples 8"
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,6 +76,7 @@ class Config:
     problems_per_step: int = 16  # m; with many, the learning rate sets the pace, and not the noise
     learning_rate: float = 3e-4  # of AdamW
     eval_every: int = 2  # steps between evaluations, of one response per held-out problem
+    extra: str = ""  # more settings of the scripts for every run, such as "--model runs/warm"
     jobs: int = os.cpu_count() or 1  # runs at a time, of one thread each
     folder: Path = ROOT / "runs" / "learning"  # of the run folders
     out: Path = ROOT / "bench" / "learning.png"  # the figure
@@ -88,7 +95,7 @@ def run(command, seed, folder, cfg):
     script, *settings = command.split()
     settings += f"--steps {cfg.steps} --learning-rate {cfg.learning_rate} --seed {seed}".split()
     settings += f"--problems-per-step {cfg.problems_per_step} --eval-samples 1".split()
-    settings += f"--eval-every {cfg.eval_every} --save-every 100000".split()
+    settings += f"--eval-every {cfg.eval_every} --save-every 100000 {cfg.extra}".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     line = [sys.executable, ROOT / script, *settings, "--run-dir", folder]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
@@ -215,7 +222,7 @@ def main(cfg):
     arms = ARMS | (ABLATION if cfg.ablation else {})
     arms = {arm: value for arm, value in arms.items() if cfg.only in arm or arm == "raft"}
     name = f"{steps}x{cfg.problems_per_step}-lr-{cfg.learning_rate:g}-every-{cfg.eval_every}"
-    place = cfg.folder / name
+    place = cfg.folder / (name + re.sub(r"[^\w.]+", "-", cfg.extra))
     folders = {
         (arm, s): place / f"{arm}-{s}".replace(" ", "-") for s in range(seeds) for arm in arms
     }
