@@ -15,7 +15,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import unicodedata
 from contextlib import suppress
 from fractions import Fraction
@@ -131,10 +130,9 @@ def numbers(text):
     """The numbers in arithmetic or in a list of it; none of them for other text."""
     for pattern, new in PYTHON:
         text = pattern.sub(new, text)
-    with suppress(ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError):
-        with suppress(SyntaxError):
-            if ARITHMETIC.fullmatch(text):
-                return values(ast.parse(text.strip(), mode="eval").body)
+    with suppress(Exception):  # not arithmetic, or too much of it
+        if ARITHMETIC.fullmatch(text):
+            return values(ast.parse(text.strip(), mode="eval").body)
     return []
 
 
@@ -224,8 +222,8 @@ def _start():
     """A worker that has imported math-verify, and the pipe to it."""
     pipe, theirs = Pipe()
     command, null = [sys.executable, __file__, "--worker"], subprocess.DEVNULL
-    files = {"stdin": theirs, "stdout": null, "stderr": null}
-    worker = subprocess.Popen(command, **files, start_new_session=True)
+    files = {"stdin": theirs, "stdout": null, "stderr": null, "start_new_session": True}
+    worker = subprocess.Popen(command, **files)
     theirs.close()
     with suppress(EOFError):
         if not pipe.poll(60) or pipe.recv_bytes():
@@ -235,8 +233,12 @@ def _start():
 
 def _ask(answer, gold, timeout):
     """A worker's verdict; one that does not come in time is False."""
-    worker, pipe = _idle.pop() if _idle else _start()
-    reply = b""
+    worker, reply = None, b""
+    with suppress(IndexError):
+        while not worker or worker.poll() is not None:  # killed from outside
+            worker, pipe = _idle.pop()
+    if not worker or worker.poll() is not None:
+        worker, pipe = _start()
     with suppress(EOFError, OSError):
         try:
             pipe.send((answer, gold, timeout))
@@ -244,7 +246,7 @@ def _ask(answer, gold, timeout):
         finally:
             if reply:
                 _idle.append((worker, pipe))
-            else:
+            else:  # late, dead, or Ctrl-C
                 os.killpg(worker.pid, signal.SIGKILL)
                 worker.wait()
     return reply == b"True"
@@ -313,17 +315,16 @@ def main():
     parser.add_argument("--gold", help="its gold answer")
     args, pairs = parser.parse_args(), []
     if None not in (args.response, args.gold):
-        verdict = verify(args.response, args.gold)
-        print(f"answer: {extract_answer(args.response)}\nright: {verdict}")
-        return
+        right = verify(args.response, args.gold)
+        return print(f"answer: {extract_answer(args.response)}\nright: {right}")
     try:
         with open(args.file or "", "rb") as file:
             for row in map(json.loads, file.readlines() or [""]):
                 pairs.append((row["response"] + "", row["gold"] + ""))
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"line {len(pairs) + 1} has no texts response and gold: {error!r}")
-    right = sum(verify(a, b) for a, b in tqdm(pairs, unit="answer"))
-    print(f"accuracy: {right / max(1, len(pairs)):.4f} ({right} of {len(pairs)})")
+    right = sum(verify(*pair) for pair in tqdm(pairs, unit="answer"))
+    print(f"accuracy: {right / len(pairs):.4f} ({right} of {len(pairs)})")
 
 
 if __name__ == "__main__":
