@@ -46,10 +46,10 @@ SPELLING = [  # in this order: one spelling for what has several
     (r"\\sqrt *\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\sqrt *\[([3579])\] *\{ *-(\d+)\}", r"-\\sqrt[\1]{\2}"),
     (r"(\\(?:sin|cos|tan|cot)) *\(?\{?([\d.]+)\\text\{degree\}[)}]?", r"\1{\\frac{\2\\pi}{180}}"),
-    (r"\\[dtc]?frac *(?:(\d|\\pi)|\{([^{}]*)\}) *(?:(\d)|\{([^{}]*)\})", r"\\frac{\1\2}{\3\4}"),
-    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\[dtc]?frac *", r"\\frac"),
+    (r"\\frac(\d|\\pi) *(\d)", r"\\frac{\1}{\2}"),
     (r"(?<=\d)( [a-zA-Z][^\W\d_]|[^\W\d_]{3}|[ck]m|kg|[^\W\d_a-zA-Z])([\w ./]*)", r"\\text{\1\2}"),
-    (r"(?<![\d.}^_/])(\d+) *(\\frac\{\d+\}\{\d+\}|(?<= )\d+/\d+$)", r"(\1+\2)"),
+    (r"(?<![\d.}^_/])(\d+) *(\\frac *(?:\{\d+\}|\d){2}|(?<= )\d+/\d+$)", r"(\1+\2)"),
     (r"(?<!\w) +| +(?!\w)|(?<=\d) +(?=[a-zA-Z])", ""),
     (r"^[-+]?\d{1,3}([, ]\d{3})+(?=\.\d|$|\\text)", lambda m: re.sub("[, ]", "", m[0])),
     (r"(?<=\d)[eE]([-+]?\d+)(?=$|\\text)", r"*10^{\1}"),
@@ -59,7 +59,7 @@ SPELLING = [  # in this order: one spelling for what has several
 ]
 SPELLING = [(re.compile(pattern), new) for pattern, new in SPELLING]
 UNIT = {"centimeter": "cm", "inche": "in", "ft": "feet", "usd": "dollar", "\\$": "dollar"}
-WORDS = r"\\text\{ *(?:(?:square|cubic|sq) )?([^{}/^ ]*)[^{}]*\}(?:\^\{?\d\}?)?"
+WORDS = r"\\text\{ *(?:(?:square|cubic|sq(?= )) *)?([^{}/^ ]*)[^{}]*\}(?:\^\{?\d\}?)?"
 AFTER = re.compile(rf"(.*[^(,=+*/^-]){WORDS}|0*([\dA-F]+)_\{{?(\d+)\}}?")
 NAME = r"(?s)((?:\\?[A-Za-z][\w\\{}'|: ]*(?:\([^=()]*\))?(?:=|\\in(?![a-z]))(?:[^,=]*=)?)?)(.*)"
 TEXT = re.compile(r"\\text\{|(?<![\\a-zA-Z{])[A-Za-z]{4}|dots|\.\.\.|\d:\d\d")
@@ -180,7 +180,8 @@ def compare(answer, gold, timeout):
     (a, unit_a, name_a), (b, unit_b, name_b) = spell(answer), spell(gold)
     if not a or not b or (unit_a and unit_b and unit_a != unit_b):
         return False
-    if name_a + a == name_b + b or answer.replace(", ", ",") == gold.replace(", ", ","):
+    tight_answer, tight_gold = (re.sub(r"(?<!\d) +| +(?!\d)", "", text) for text in (answer, gold))
+    if name_a + a == name_b + b or tight_answer == tight_gold:
         return True
     if "=" in a + b or (name_a and name_b and name_a != name_b):
         a, b = name_a + a, name_b + b
