@@ -320,12 +320,17 @@ def main():
     if None not in (args.response, args.gold):
         right = verify(args.response, args.gold)
         return print(f"answer: {extract_answer(args.response)}\nright: {right}")
+    if not args.file:
+        parser.error("name a file, or give both --response and --gold")
     try:
-        with open(args.file or "", "rb") as file:
+        with open(args.file, "rb") as file:
             for row in map(json.loads, file.readlines() or [""]):
                 pairs.append((row["response"] + "", row["gold"] + ""))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"line {len(pairs) + 1} has no texts response and gold: {error!r}")
+    except OSError as error:
+        parser.error(f"{args.file}: {error.strerror}")
+    except (ValueError, KeyError, TypeError) as error:
+        line = f"{args.file}, line {len(pairs) + 1}"
+        parser.error(f"{line}: not a JSON object with the texts response and gold ({error!r})")
     right = sum(verify(*pair) for pair in tqdm(pairs, unit="answer"))
     print(f"accuracy: {right / len(pairs):.4f} ({right} of {len(pairs)})")
 
