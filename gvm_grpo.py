@@ -454,11 +454,15 @@ def sample_counts(problem_P, policy, sampler, progress, cfg):
     pilot_PS = sample(problem_P, [pilots] * m, sampler, progress, cfg, stream=stream)
     accepted_P = [int(sum(r.reward for r in pilot_S)) for pilot_S in pilot_PS]
     accepted = [r for r in chain(*pilot_PS) if r.reward]
-    square_B = torch.zeros(len(accepted), dtype=torch.float64)
-    for index in micro_batches(accepted, cfg.tokens_per_batch):
-        norm_B = policy([accepted[i] for i in index or [0]], head_grad_norms, cfg.temperature)
+    texts = [(*r.prompt_ids, *r.token_ids) for r in accepted]
+    once = dict(zip(texts, accepted))  # equal responses have equal norms
+    place, different = {text: i for i, text in enumerate(once)}, list(once.values())
+    square_B = torch.zeros(len(different), dtype=torch.float64)
+    for index in micro_batches(different, cfg.tokens_per_batch):
+        norm_B = policy([different[i] for i in index or [0]], head_grad_norms, cfg.temperature)
         square_B[index] = norm_B[: len(index)].double().cpu() ** 2
     dist.all_reduce(square_B)
+    square_B = square_B[[place[text] for text in texts]]
     # Gᵢ² = mean of ||∇ log P||² over the accepted responses                               Lemma 1
     norm_P = [square_S.mean().sqrt().item() for square_S in square_B.split(accepted_P)]
     accept_P, norm_P = estimate(accepted_P, [pilots] * m, norm_P, cfg.prior)  # pᵢ, Gᵢ
