@@ -57,7 +57,6 @@ SPELLING = [  # in this order: one spelling for what has several
     (r"^\\\{((?:(?!\\[{}]|\\mid|[|:]).)+)\\\}$", r"\1"),
     (r"(^|,)([^,()]*)\\pm *([^,()]*)(?=,|$)", r"\1\2+\3,\2-\3"),
 ]
-SPELLING = [(re.compile(pattern), new) for pattern, new in SPELLING]
 UNIT = {"centimeter": "cm", "inche": "in", "ft": "feet", "usd": "dollar", "\\$": "dollar"}
 WORDS = r"\\text\{ *(?:(?:square|cubic|sq(?= )) *)?([^{}/^ ]*)[^{}]*\}(?:\^\{?\d\}?)?"
 AFTER = re.compile(rf"(.*[^(,=+*/^-]){WORDS}|0*([\dA-F]+)_\{{?(\d+)\}}?")

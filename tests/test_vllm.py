@@ -113,7 +113,6 @@ def test_they_agree_with_tied_embeddings_at_another_temperature(train, tied, scr
     agree(train(*TORCHRUN, __file__, ROOT / f"{script}.py", **settings))
 
 
-@pytest.mark.skipif("sleep" not in gvm_raft.Config.__annotations__, reason="engines do not sleep")
 def test_they_agree_when_the_engine_sleeps_through_the_update(train):
     """On CPUs sleep frees nothing, but an engine that sleeps answers no request: it would hang."""
     agree(train(*TORCHRUN, ROOT / "gvm_raft.py", **PILOTS["gvm_raft"], sleep=True))
