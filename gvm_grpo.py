@@ -69,6 +69,11 @@ class Config:
     steps: int = 10  # pairs of E-step and M-step; 0 only evaluates
     problems_per_step: int = 64  # m, the batch of Algorithm 1
     samples_per_problem: int = 8  # mean responses per problem, pilots included: N = this times m
+    pilot_samples: int = 4  # N' of Algorithm 2; 0: no pilot, the same n_i for every problem
+    reuse_pilot: bool = True  # pilots are training responses; if not, N more are drawn (the paper)
+    prior: float = 1.0  # strength of the prior on p_i, in responses; 0 is the paper's estimate
+    alpha: float = 1e-3  # α of Eq. 7: keeps n_i bounded as p_i goes to 0
+    beta: float = 2.0  # β of Eq. 7
     temperature: float = 1.0  # of sampling, in training and evaluation
     max_new_tokens: int = 64  # longest response
     learning_rate: float = 3e-4  # AdamW, constant, weight decay 0.01, gradient norm clipped at 1
@@ -88,12 +93,6 @@ class Config:
     sleep: bool = False  # vllm frees its GPU memory between its turns, for models that need it all
     tokens_per_batch: int = 16384  # padded tokens of a micro-batch; a quarter of a sampler's batch
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
-
-    pilot_samples: int = 4  # N' of Algorithm 2; 0: no pilot, the same n_i for every problem
-    reuse_pilot: bool = True  # pilots are training responses; if not, N more are drawn (the paper)
-    prior: float = 1.0  # strength of the prior on p_i, in responses; 0 is the paper's estimate
-    alpha: float = 1e-3  # α of Eq. 7: keeps n_i bounded as p_i goes to 0
-    beta: float = 2.0  # β of Eq. 7
 
 
 class Problem(NamedTuple):
@@ -409,6 +408,14 @@ def load_policy(cfg, device):
     return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
 
+def distinct(responses):
+    """The different ones among the responses, and which of them each one is: its place [B]."""
+    texts = [(r.reward, *r.prompt_ids, *r.token_ids) for r in responses]
+    once = dict(zip(texts, responses))
+    place = {text: i for i, text in enumerate(once)}
+    return list(once.values()), np.array([place[text] for text in texts], int)
+
+
 def micro_batches(responses, budget):
     """This rank's micro-batches, lists of indices: length-sorted, at most budget padded tokens."""
     size_B = [len(r.prompt_ids) + len(r.token_ids) for r in responses]
@@ -425,21 +432,26 @@ def micro_batches(responses, budget):
 # ---- E-step: how many responses
 
 
-def head_grad_norms(hidden_KD, target_K, length_B, head, temperature, chunk=2**24):
+def head_grad_norms(hidden_KD, target_K, length_B, head, temperature, chunk=2**22):
     """||∇_W log P(y)||₂ [B] for the output head W from a forward pass; chunk numbers at a time."""
     dtype = torch.promote_types(hidden_KD.dtype, torch.float32)
     hidden_BTD = pad_sequence((hidden_KD.to(dtype) / temperature).split(length_B), True)
     target_BT = pad_sequence(target_K.split(length_B), True)
-    pieces = head.weight.split(max(1, chunk // target_BT.numel()))  # of the vocabulary
-    logsums = [(hidden_BTD @ weight_VD.T.to(dtype)).logsumexp(-1) for weight_VD in pieces]
-    logsum_BT1 = torch.stack(logsums).logsumexp(0)[..., None]
-    gram_BTT, start = 0, 0
-    for weight_VD in pieces:
-        d_BTV = -(hidden_BTD @ weight_VD.T.to(dtype) - logsum_BT1).exp()
-        d_BTV += target_BT[..., None] == start + torch.arange(len(weight_VD)).to(target_K)
-        gram_BTT, start = gram_BTT + d_BTV @ d_BTV.mT, start + len(weight_VD)
-    # ||Σₜ dₜhₜᵀ||² = Σₛₜ (dₛ·dₜ)(hₛ·hₜ) with dₜ = onehot(yₜ) - softmaxₜ; padding has h = 0
-    square_B = (gram_BTT * (hidden_BTD @ hidden_BTD.mT)).sum((1, 2))
+    logit_BTT = hidden_BTD @ head.weight[target_BT].to(dtype).mT  # at place t, of token yₛ
+    own_BT1, rest_BT1, gram_BTT, start = logit_BTT.diagonal(0, 1, 2)[..., None], 0, 0, 0
+    for weight_VD in head.weight.split(max(1, chunk // target_BT.numel())):  # of the vocabulary
+        # odds of every other token against yₜ; up to e⁴⁰, float32 holds their products
+        odds_BTV = (hidden_BTD @ weight_VD.T.to(dtype)).sub_(own_BT1).clamp_(max=40).exp_()
+        here = ((target_BT >= start) & (target_BT < start + len(weight_VD))).nonzero(as_tuple=True)
+        odds_BTV[*here, target_BT[here] - start] = 0
+        rest_BT1 = rest_BT1 + odds_BTV.sum(-1, keepdim=True)
+        gram_BTT, start = gram_BTT + odds_BTV @ odds_BTV.mT, start + len(weight_VD)
+    same_BTT = target_BT[:, :, None] == target_BT[:, None]
+    odds_BTT = (logit_BTT - own_BT1).clamp(max=40).exp()
+    # ||Σₜ dₜhₜᵀ||² = Σₛₜ (dₛ·dₜ)(hₛ·hₜ), dₜ = (rₜ onehot(yₜ) - oddsₜ) / (1 + rₜ); padding has h = 0
+    cross_BTT = torch.where(same_BTT, -rest_BT1 / 2, odds_BTT) * rest_BT1.mT
+    hidden_BTD = hidden_BTD / (1 + rest_BT1)
+    square_B = ((gram_BTT - cross_BTT - cross_BTT.mT) * (hidden_BTD @ hidden_BTD.mT)).sum((1, 2))
     return square_B.clamp(min=0).sqrt()
 
 
@@ -453,18 +465,14 @@ def sample_counts(problem_P, policy, sampler, progress, cfg):
     stream = "train" if cfg.reuse_pilot else "pilot"
     pilot_PS = sample(problem_P, [pilots] * m, sampler, progress, cfg, stream=stream)
     accepted_P = [int(sum(r.reward for r in pilot_S)) for pilot_S in pilot_PS]
-    accepted = [r for r in chain(*pilot_PS) if r.reward]
-    texts = [(*r.prompt_ids, *r.token_ids) for r in accepted]
-    once = dict(zip(texts, accepted))  # equal responses have equal norms
-    place, different = {text: i for i, text in enumerate(once)}, list(once.values())
-    square_B = torch.zeros(len(different), dtype=torch.float64)
+    different, place_B = distinct([r for r in chain(*pilot_PS) if r.reward])
+    square_D = torch.zeros(len(different), dtype=torch.float64)
     for index in micro_batches(different, cfg.tokens_per_batch):
         norm_B = policy([different[i] for i in index or [0]], head_grad_norms, cfg.temperature)
-        square_B[index] = norm_B[: len(index)].double().cpu() ** 2
-    dist.all_reduce(square_B)
-    square_B = square_B[[place[text] for text in texts]]
+        square_D[index] = norm_B[: len(index)].double().cpu() ** 2
+    dist.all_reduce(square_D)
     # Gᵢ² = mean of ||∇ log P||² over the accepted responses                               Lemma 1
-    norm_P = [square_S.mean().sqrt().item() for square_S in square_B.split(accepted_P)]
+    norm_P = [square_S.mean().sqrt().item() for square_S in square_D[place_B].split(accepted_P)]
     accept_P, norm_P = estimate(accepted_P, [pilots] * m, norm_P, cfg.prior)  # pᵢ, Gᵢ
     penalty, least = {"alpha": cfg.alpha, "beta": cfg.beta}, pilots if cfg.reuse_pilot else 0
     count_P = allocate(accept_P, norm_P, sum(uniform_P), minimum=least, **penalty)  # nᵢ, Prop. 1
@@ -516,6 +524,11 @@ def update(policy, reference, optimizer, response_PS, cfg):
         batch = weigh([response_PS[p] for p in part], cfg)
         weighted = [r for r in batch if r.weight] or batch
         mean_length = np.mean([len(r.token_ids) for r in weighted] or 1)  # makes the loss per token
+        different, place_B = distinct(batch)  # equal ones run once, for the sum of their weights
+        weight_D = np.bincount(place_B, [r.weight for r in batch])
+        kl_weight_D = np.bincount(place_B, [r.kl_weight for r in batch])
+        sums_D = zip(different, weight_D, kl_weight_D)
+        batch = [replace(r, weight=weight, kl_weight=kl_weight) for r, weight, kl_weight in sums_D]
         for index in micro_batches(batch, cfg.tokens_per_batch):
             micro = [batch[i] for i in index] or [replace(batch[0], weight=0.0, kl_weight=0.0)]
             logp_K, entropy_K = policy(micro, token_logprobs, cfg.temperature)

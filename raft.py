@@ -397,6 +397,14 @@ def load_policy(cfg, device):
     return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
 
+def distinct(responses):
+    """The different ones among the responses, and which of them each one is: its place [B]."""
+    texts = [(r.reward, *r.prompt_ids, *r.token_ids) for r in responses]
+    once = dict(zip(texts, responses))
+    place = {text: i for i, text in enumerate(once)}
+    return list(once.values()), np.array([place[text] for text in texts], int)
+
+
 def micro_batches(responses, budget):
     """This rank's micro-batches, lists of indices: length-sorted, at most budget padded tokens."""
     size_B = [len(r.prompt_ids) + len(r.token_ids) for r in responses]
@@ -463,6 +471,11 @@ def update(policy, reference, optimizer, response_PS, cfg):
         batch = weigh([response_PS[p] for p in part], cfg)
         weighted = [r for r in batch if r.weight] or batch
         mean_length = np.mean([len(r.token_ids) for r in weighted] or 1)  # makes the loss per token
+        different, place_B = distinct(batch)  # equal ones run once, for the sum of their weights
+        weight_D = np.bincount(place_B, [r.weight for r in batch])
+        kl_weight_D = np.bincount(place_B, [r.kl_weight for r in batch])
+        sums_D = zip(different, weight_D, kl_weight_D)
+        batch = [replace(r, weight=weight, kl_weight=kl_weight) for r, weight, kl_weight in sums_D]
         for index in micro_batches(batch, cfg.tokens_per_batch):
             micro = [batch[i] for i in index] or [replace(batch[0], weight=0.0, kl_weight=0.0)]
             logp_K, entropy_K = policy(micro, token_logprobs, cfg.temperature)

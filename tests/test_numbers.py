@@ -281,12 +281,11 @@ def gradient(monkeypatch, policy):
 
 
 def off_policy(response_PS):
-    """The same responses, drawn by a somewhat different policy."""
-    rng = np.random.default_rng(4)
+    """The same responses, drawn by a somewhat different policy: equal ones at equal odds."""
     for response in flat(response_PS):
-        response.logprobs = response.logprobs + rng.normal(0, 0.3, len(response.logprobs)).astype(
-            "f4"
-        )
+        rng = np.random.default_rng([*response.prompt_ids, *response.token_ids])
+        shift_T = rng.normal(0, 0.3, len(response.logprobs))
+        response.logprobs = response.logprobs + shift_T.astype("f4")
     return response_PS
 
 
@@ -301,6 +300,30 @@ def test_gradient_does_not_depend_on_the_micro_batches(gradient, response_PS, sc
     assert relative(split, whole) < 1e-6
     assert metrics.pop("padding") >= again.pop("padding")  # small micro-batches pad less
     assert again == pytest.approx(metrics, rel=1e-5)
+
+
+@pytest.mark.parametrize("script", [gvm_raft, gvm_grpo])
+def test_equal_responses_run_once(gradient, response_PS, monkeypatch, script):
+    response_PS = [[*s, *s, s[0]] for s in off_policy(response_PS)]
+    share, sizes = script.micro_batches, []
+    monkeypatch.setattr(script, "micro_batches", lambda r, b: sizes.append(len(r)) or share(r, b))
+    once, metrics = gradient(response_PS, CONFIG, script)
+    all_places = lambda responses: (responses, np.arange(len(responses)))  # noqa: E731
+    monkeypatch.setattr(script, "distinct", all_places)
+    each, again = gradient(response_PS, CONFIG, script)
+    assert 0 < 2 * sizes[0] <= sizes[1]
+    assert relative(once, each) < 1e-6
+    for name in ("loss", "kl", "entropy", "logp_shift", "grad_norm"):
+        assert metrics[name] == pytest.approx(again[name], rel=1e-5, abs=1e-7)
+
+
+def test_distinct_responses_and_their_places():
+    one = np.zeros(1, "f4")
+    texts = [([1], [2], 1.0), ([1, 2], [3], 1.0), ([1], [2], 1.0), ([1], [2], 0.0)]
+    batch = [gvm_raft.Response(p, np.array(t), one, reward) for p, t, reward in texts]
+    different, place_B = gvm_raft.distinct(batch)
+    assert different == [batch[2], batch[1], batch[3]] and place_B.tolist() == [0, 1, 0, 2]
+    assert gvm_raft.distinct([])[0] == [] and gvm_raft.distinct([])[1].dtype == int
 
 
 def test_gradient_is_that_of_algorithm_1(gradient, response_PS, plain):
