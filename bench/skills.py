@@ -1,0 +1,98 @@
+"""A harder problem set than tiny/: twelve skills that share nothing, from solved to hopeless.
+
+In tiny/ one habit solves all problems, so that easy ones teach hard ones. Here a problem such as
+5&3+4+6 hides a rule behind its symbol. The model knows all twelve rules and names one before it
+computes (e:53=38, ...), but for each symbol it names the right one at its own rate, from 0.9 down
+to 0.012, and no symbol teaches another. This is where a budget can matter most: solved problems
+need no responses, and rare ones need many. The training set is small, as real ones are: with 32
+problems a step, each of the 240 comes again every seven or eight steps.
+
+Run: python bench/skills.py     (four minutes on one core; makes runs/skills/)
+then python bench/learning.py --folder runs/learning-skills --out bench/skills.png --steps 56
+    --problems-per-step 32 --learning-rate 8e-4 --eval-every 4 --extra "--samples-per-problem 4
+    --updates-per-step 2 --model runs/skills/model --problems runs/skills/train.jsonl
+    --eval-problems runs/skills/test.jsonl"
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tiny"))
+import make
+
+ROOT = Path(__file__).resolve().parent.parent
+RULES = {
+    "a": lambda a, b: a + b,
+    "b": lambda a, b: a * b,
+    "c": lambda a, b: abs(a - b),
+    "d": lambda a, b: 10 * a + b,
+    "e": lambda a, b: 10 * b + a,
+    "f": lambda a, b: 2 * a + b,
+    "g": lambda a, b: a + 2 * b,
+    "h": lambda a, b: a * b + a,
+    "i": lambda a, b: a * b + b,
+    "j": lambda a, b: a + b + 20,
+    "k": lambda a, b: a * b + 9,
+    "l": lambda a, b: abs(a - b) + 30,
+}
+MEANING = dict(zip("@#$%&?!~^|;_", RULES))  # the right rule of every symbol
+HABIT = dict(zip(MEANING, [0.9, 0.6, 0.42, 0.3, 0.2, 0.14, 0.1, 0.07, 0.045, 0.03, 0.02, 0.012]))
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path = ROOT / "runs" / "skills"  # folder of model/, train.jsonl and test.jsonl
+    overwrite: bool = False  # replace files that exist
+    train: int = 240  # problems; with few, their accept rates are worth remembering
+
+
+def make_problem(rng):
+    """A symbol between two digits on which no two rules agree, then up to two sums."""
+    results = []
+    while len({*results}) < len(RULES):
+        a, b = rng.sample(range(2, 10), 2)
+        results = [rule(a, b) for rule in RULES.values()]
+    symbol = rng.choice(list(MEANING))
+    rest = "".join("+" + str(rng.randint(1, 9)) for _ in range(rng.randint(0, 2)))
+    return f"{a}{symbol}{b}{rest}"
+
+
+def solve(problem, rule=None):
+    """The rule's letter and result, the sums, then the answer; by default with the right rule."""
+    rule = rule or MEANING[problem[1]]
+    total = RULES[rule](int(problem[0]), int(problem[2]))
+    lines = [f"{rule}:{problem[:3]}={total}"]
+    for digit in re.findall(r"\+(\d)", problem):
+        lines.append(f"{total}+{digit}={total + int(digit)}")
+        total += int(digit)
+    return "\n".join([*lines, f"\\boxed{{{total}}}"])
+
+
+def demonstrations(is_skill, test, rng):
+    """A batch of problems outside the test set: any rule at first, then by the symbols' habits."""
+    problems, responses = [], []
+    while len(problems) < make.BATCH:
+        problem = make_problem(rng)
+        if problem in test:
+            continue
+        right = MEANING[problem[1]]
+        others = [rule for rule in RULES if is_skill or rule != right]
+        sure = not is_skill and rng.random() < HABIT[problem[1]]
+        problems.append(problem)
+        responses.append(solve(problem, right if sure else rng.choice(others)))
+    return problems, responses
+
+
+def main(cfg):
+    """Makes the model and its problems with the functions of tiny/make.py, but these."""
+    make.make_problem, make.solve, make.demonstrations = make_problem, solve, demonstrations
+    make.TRAIN, make.UPDATES, make.BATCH = cfg.train, 2600, 48
+    make.main(make.Config(out=cfg.out, overwrite=cfg.overwrite))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
