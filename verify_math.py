@@ -47,7 +47,7 @@ SPELLING = [  # in this order: one spelling for what has several
     (r"(?<![\\a-zA-Z])(sqrt|pi|infty|sin|cos|tan)(?![a-zA-Z])", r"\\\1"),
     (r"\\[a-zA-Z]+|\*\*", lambda m: SYNONYM.get(m[0], m[0])),
     (r"\\(frac|sqrt) *(\d)", r"\\\1{\2}"),
-    (r"\\sqrt *\[(\d)\]", r"\\root{\1}"),
+    (r"\\sqrt *\[(\w)\]", r"\\root{\1}"),
     (r"\\\\ *(?=\\end)", ""),
     (r"(?<=\d)( [a-zA-Z][^\W\d_]|[^\W\d_]{3}|[ck]m|kg|[^\W\d_a-zA-Z])([\w ./]*)", r"\\text{\1\2}"),
     (r"(?<![\d.}^_/])(\d+) *(\\frac *(?:\{\d+\}|\d){2}|(?<= )\d+/\d+$)", r"(\1+\2)"),
@@ -60,7 +60,10 @@ SPELLING = [(re.compile(pattern), new) for pattern, new in SPELLING]
 UNIT = {"centimeter": "cm", "inche": "in", "ft": "feet", "usd": "dollar", "\\$": "dollar"}
 WORDS = r"\\text\{ *(?:(?:square|cubic|sq(?= )) *)?([^{}/^ ]*)[^{}]*\}(?:\^\{?\d\}?)?"
 AFTER = re.compile(rf"(.*[^(,=+*/^-]){WORDS}|0*([\dA-F]+)_\{{?(\d+)\}}?")
-NAME = r"(?s)((?:\\?[A-Za-z][\w\\{}'|: ]*(?:\([^=()]*\))?(?:=|\\in(?![a-z]))(?:[^,=]*=)?)?)(.*)"
+NAME = (
+    r"(?!\\(?:sum|prod|lim))\\?[A-Za-z][\w\\{}'|: ]*(?:\([^=()]*\))?(?:=|\\in(?![a-z]))(?:[^,=]*=)?"
+)
+NAME = re.compile(rf"(?s)((?:{NAME}|\([a-z](?:,[a-z])+\)=)?)(.*)")
 TEXT = re.compile(r"\\text\{|(?<![\\a-zA-Z{])[A-Za-z]{4}|dots|\.\.\.|\d:\d\d|[^\0-\x7f]")
 
 mp = mpmath.MPContext()  # of its own, so that the caller's keeps its precision
@@ -107,7 +110,7 @@ def spell(answer):
         text = re.sub(r"\d", lambda m: str(int(m[0])), unicodedata.normalize("NFKC", text))
     for pattern, new in SPELLING:
         text = pattern.sub(new, text)
-    name, text = re.fullmatch(NAME, text).groups()
+    name, text = NAME.fullmatch(text).groups()
     while match := AFTER.fullmatch(text):
         text, unit = match[1] or match[3], match[2] or match[4] or ""
     unit = unit.lower().rstrip(".").removesuffix("s")
@@ -188,7 +191,7 @@ def compare(answer, gold, timeout):
     (a, unit_a, name_a), (b, unit_b, name_b) = spell(answer), spell(gold)
     if not a or not b or (unit_a and unit_b and unit_a != unit_b):
         return False
-    if "=" in a + b or (name_a and name_b and name_a != name_b):
+    if re.search(r"=(?![^{]*\})", a + b) or (name_a and name_b and name_a != name_b):
         a, b = name_a + a, name_b + b
         return a == b or ("=" in a and "=" in b and _ask(a, b, timeout))
     if a == b or TEXT.search(f"{a} {b}") or (a.isalpha() and a.lower() == b.lower()):
@@ -264,7 +267,7 @@ def _serve(pipe):
 def _solve(answer, gold):
     """The verdict of math-verify."""
     import math_verify
-    from sympy import Rational, Symbol
+    from sympy import N, Rational, Symbol
     from sympy.parsing import sympy_parser
 
     # sympify reads strings by parse_expr, which would evaluate them as code
@@ -272,6 +275,10 @@ def _solve(answer, gold):
     latex = [math_verify.LatexExtractionConfig()]
     boxes = [f"\\boxed{{{text}}}" for text in (gold, answer)]
     parsed = [math_verify.parse(box, latex, "no_fallback", parsing_timeout=None) for box in boxes]
+    with suppress(Exception):  # not two numbers: math-verify would round these
+        x, y = (N(tree[0].doit(), 30) for tree in parsed)
+        if abs(x - y) > abs(x) / 10**5:
+            return False
     bounds = gold[0] in "(["
     return math_verify.verify(*parsed, timeout_seconds=None, allow_set_relation_comp=bounds)
 
