@@ -57,6 +57,8 @@ SPELLING = [  # in this order: one spelling for what has several
     (r"^([a-zA-Z])=([^=]*),\1=", r"\1=\2,"),
 ]
 SPELLING = [(re.compile(pattern), new) for pattern, new in SPELLING]
+SIDE = r"(?:[-+]*(?:\d+[a-df-hj-z]?|[a-df-hj-z])(?![\da-z]))+"
+LINEAR = re.compile(f"{SIDE}={SIDE}")
 UNIT = {"centimeter": "cm", "inche": "in", "ft": "feet", "usd": "dollar", "\\$": "dollar"}
 WORDS = r"\\text\{ *(?:(?:square|cubic|sq(?= )) *)?([^{}/^ ]*)[^{}]*\}(?:\^\{?\d\}?)?"
 AFTER = re.compile(rf"(.*[^(,=+*/^-]){WORDS}|0*([\dA-F]+)_\{{?(\d+)\}}?")
@@ -118,14 +120,14 @@ def spell(answer):
 
 
 @lru_cache(4096)
-def values(text):
+def values(text, point="0"):
     """The unordered values in a text, numbers or tuples; None where it is not arithmetic."""
     found = []
     with suppress(Exception):  # not arithmetic, or too much of it
         for plus, minus in ("+-", "-+") if "\\pm" in text else ("+-",):
             signed = TOKEN.findall(text.replace("\\pm", plus).replace("\\mp", minus))
-            found += parse(tokens := ["", "\\}", *reversed(signed), "\\{"])
-        return found if tokens == [""] else None
+            found += parse(tokens := [point, "\\}", *reversed(signed), "\\{"])
+        return found if tokens == [point] else None
 
 
 def parse(tokens, binding=0):
@@ -154,7 +156,9 @@ def parse(tokens, binding=0):
     elif token in CONSTANT:
         value = CONSTANT[token]
     else:
-        known = mp.mpf(zlib.crc32(token.encode())) / 2**31  # in the place of a variable
+        known = (
+            mp.mpf(zlib.crc32((tokens[0] + token).encode())) / 2**31
+        )  # in the place of a variable
         value = known if token[0].isalpha() else mp.mpf(token)
     while tokens[-1] in OPERATOR or VALUE.match(tokens[-1]):
         factor = 2 if tokens[-1] in ONE else 3, operator.mul  # as in sin 2x sin x, and in 1/2x
@@ -188,11 +192,18 @@ def compare(answer, gold, timeout):
     both = f"{answer} {gold}"
     if answer == gold or len(both) > 1000 or BOMB.search(both):
         return answer == gold != ""
+    if both.isascii() and answer.isdecimal() and gold.isdecimal():
+        return int(answer) == int(gold)
     (a, unit_a, name_a), (b, unit_b, name_b) = spell(answer), spell(gold)
     if not a or not b or (unit_a and unit_b and unit_a != unit_b):
         return False
     if re.search(r"=(?![^{]*\})", a + b) or (name_a and name_b and name_a != name_b):
         a, b = name_a + a, name_b + b
+        if LINEAR.fullmatch(a) and LINEAR.fullmatch(b):
+            # equal where the ratio of left minus right is the same at two points
+            sides = [text.replace("=", "-(") + ")" for text in (a, b)]
+            (p, q), (r, s) = ([values(side, point)[0] for side in sides] for point in "12")
+            return bool(p and q) and same(p * s, q * r, False)
         return a == b or ("=" in a and "=" in b and _ask(a, b, timeout))
     if a == b or TEXT.search(f"{a} {b}") or (a.isalpha() and a.lower() == b.lower()):
         a, b = (re.sub(r"\\text|[\s{}.'\"()]", "", text).casefold() for text in (a, b))
