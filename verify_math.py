@@ -80,7 +80,8 @@ OPERATOR = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mu
 OPERATOR |= {"/": (2, operator.truediv), "^": (4, operator.pow)}
 ONE = {"\\sqrt": mp.sqrt, "\\sin": mp.sin, "\\cos": mp.cos, "\\tan": mp.tan, "\\ln": mp.ln}
 ONE |= {"\\sec": mp.sec, "\\csc": mp.csc, "\\cot": mp.cot}
-TWO = {"\\frac": operator.truediv, "\\root": lambda n, x: mp.sign(x) * abs(x) ** (1 / n)}
+TWO = {"\\frac": operator.truediv}
+TWO |= {"\\root": lambda n, x: mp.sign(x) * abs(x) ** (1 / n) if n % 2 == 1 else x ** (1 / n)}
 CONSTANT = {"e": +mp.e, "i": mp.j, "\\pi": +mp.pi, "\\infty": mp.inf}
 
 _idle = []  # workers and their pipes; pop and append are atomic, so threads can share it
@@ -156,10 +157,8 @@ def parse(tokens, binding=0):
     elif token in CONSTANT:
         value = CONSTANT[token]
     else:
-        known = (
-            mp.mpf(zlib.crc32((tokens[0] + token).encode())) / 2**31
-        )  # in the place of a variable
-        value = known if token[0].isalpha() else mp.mpf(token)
+        known = mp.mpf(zlib.crc32((tokens[0] + token).encode())) / 2**31 * (-1) ** int(tokens[0])
+        value = known if token[0].isalpha() else mp.mpf(token)  # in the place of a variable
     while tokens[-1] in OPERATOR or VALUE.match(tokens[-1]):
         factor = 2 if tokens[-1] in ONE else 3, operator.mul  # as in sin 2x sin x, and in 1/2x
         strength, function = OPERATOR.get(tokens[-1], factor)
@@ -215,8 +214,11 @@ def compare(answer, gold, timeout):
     if len(x or y or "") > 1 and re.search(r"[<>]|\\[lg]e(?![a-z])", a + b):
         return False
     alike = x and y and same(x, y, decimal)
+    # equal where variables are positive, but not where they are negative, as √x² and x
+    unsure = alike and not same(values(a, "1"), values(b, "1"), decimal)
     union = "cup" in a + b and "," in a and "," in b  # its parts may overlap
-    return alike if x and y and (alike or not union) else _ask(a, b, timeout)
+    decided = x and y and not unsure and (alike or not union)
+    return alike if decided else _ask(a, b, timeout)
 
 
 def verify(response: str, gold: str) -> bool:
