@@ -125,7 +125,7 @@ def main():
     logging.disable()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     begin = time.perf_counter()
-    verify_batch(["\\boxed{\\sin^2 x}"], ["1-\\cos^2 x"])
+    verify_batch(["\\boxed{[0,1]\\cup[1,2]}"], ["[0,2]"])
     plain("\\boxed{\\sin^2 x}", "1-\\cos^2 x")
     print(
         f"start and first answer of a worker: {time.perf_counter() - begin:.1f} s, once a process"

@@ -24,6 +24,7 @@ CASES = [
     json.loads(line) for line in (ROOT / "tests" / "verify_cases.jsonl").open(encoding="utf-8")
 ]
 SLOW_TEXT = r"\boxed{\int_0^{\infty} e^{-x^{x^x}}\sin(\tan x)\,dx}"  # sympy does not come back
+FOR_A_WORKER = (r"\boxed{|-3|}", "3")  # which the rules leave to it
 WORDINGS = [
     "The answer is $\\boxed{%s}$.",
     "Hence\n\\[ \\boxed {%s.} \\]",
@@ -142,6 +143,8 @@ BOMBS = {
     "NUL": "\\boxed{5\0}",
     "surrogate": "\\boxed{\ud800}",
     "blanks": "\\boxed{1}" + " " * 1_000_000 + "\\boxed{2",
+    "linear equations": "\\boxed{" + "1" * 480 + "x=" + "+1" * 200 + "y?}",
+    "powers": "\\boxed{" + "x^x" * 330 + "}",
     "separators": "\\boxed{1}" + ", and " * 100_000 + "x\\boxed{2}",
     "regex, dollars": "\\boxed{" + "$" * 1999 + "}",
     "regex, texts": "\\boxed{" + "\\text{" * 300 + "}",
@@ -157,12 +160,12 @@ BOMBS = {
 
 
 def bomb_is_wrong_in_time(name):
-    verify(r"\boxed{\sin 1}", r"\cos 1")  # the worker runs
+    verify(*FOR_A_WORKER)
     start = time.monotonic()
     assert verify_batch([BOMBS[name]], ["5"], timeout=1.0) == [name == "ten megabytes"]
     assert time.monotonic() - start < 2.0
-    innocent = [r"\boxed{\frac{\sqrt{3}}{3}}", BOMBS[name], r"\boxed{\sin^2 x}"]
-    found = verify_batch(innocent, [r"\frac{1}{\sqrt{3}}", "6", r"1-\cos^2 x"], timeout=1.0)
+    innocent = [FOR_A_WORKER[0], BOMBS[name], r"\boxed{\sin^2 x}"]
+    found = verify_batch(innocent, [FOR_A_WORKER[1], "6", r"1-\cos^2 x"], timeout=1.0)
     assert found == [True, False, True]
 
 
@@ -180,7 +183,7 @@ def test_every_bomb_is_wrong_in_time(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["power tower", "hanging integral"])
 def test_a_bomb_as_gold_is_wrong_in_time(name):
-    verify(r"\boxed{\sin 1}", r"\cos 1")  # the worker runs
+    verify(*FOR_A_WORKER)
     start = time.monotonic()
     assert not verify_batch(["\\boxed{5}"], [extract_answer(BOMBS[name])], timeout=1.0)[0]
     assert time.monotonic() - start < 2.0
@@ -205,9 +208,8 @@ def test_verification_works_in_threads():
     results = {}
 
     def work(k):
-        results[k] = verify_batch(
-            [rf"\boxed{{\sqrt{{{k * k * 3}}}}}", SLOW_TEXT], [rf"{k}\sqrt{{3}}", "1"], 3.0
-        )
+        results[k] = verify_batch([rf"\boxed{{|-{k}|}}"], [str(k)], 20.0)  # with the worker's start
+        results[k] += verify_batch([SLOW_TEXT], ["1"], 2.0)
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(2, 5)]
     [thread.start() for thread in threads]
@@ -217,21 +219,21 @@ def test_verification_works_in_threads():
 
 @pytest.mark.slow
 def test_a_killed_worker_is_false_for_its_answer_only():
-    assert verify(r"\boxed{\sqrt{12}}", r"2\sqrt{3}")
+    assert verify(*FOR_A_WORKER)
     timer = threading.Timer(0.5, os.kill, (verify_math._idle[-1][0].pid, signal.SIGKILL))
     timer.start()
-    found = verify_batch([SLOW_TEXT, r"\boxed{\sqrt{12}}"], ["1", r"2\sqrt{3}"], timeout=3.0)
+    found = verify_batch([SLOW_TEXT, r"\boxed{|-4|}"], ["1", "4"], timeout=3.0)
     assert found == [False, True]
     os.kill(verify_math._idle[-1][0].pid, signal.SIGKILL)
     time.sleep(0.1)
-    assert verify(r"\boxed{\sqrt{75}}", r"5\sqrt{3}")
+    assert verify(*FOR_A_WORKER)
 
 
 @pytest.mark.slow
 def test_a_late_answer_does_not_make_the_next_one_wait():
-    verify(r"\boxed{\sin 1}", r"\cos 1")  # the worker runs
+    verify(*FOR_A_WORKER)
     start = time.monotonic()
-    pairs = [(SLOW_TEXT, "1"), (r"\boxed{\cos^2 x}", r"1-\sin^2 x"), (SLOW_TEXT, "2")]
+    pairs = [(SLOW_TEXT, "1"), FOR_A_WORKER, (SLOW_TEXT, "2")]
     assert verify_batch(*map(list, zip(*pairs, strict=True)), timeout=1.0) == [False, True, False]
     assert time.monotonic() - start < 3 * 2.0
 
@@ -247,8 +249,12 @@ def test_the_rules_never_disagree_with_math_verify_where_that_is_right():
         with mock.patch.object(verify_math, "_ask", lambda *_: None):
             ours = compare(answer, gold, 1.0)
         boxes = (math_verify.parse(f"\\boxed{{{text}}}") for text in (gold, answer))
-        if ours is not None and ours != math_verify.verify(*boxes) and "_" not in gold:
-            unlike.append((answer, gold, ours))  # math-verify ignores the base of 204_5
+        if (
+            ours is not None
+            and ours != math_verify.verify(*boxes)
+            and not {"_", "1pi"} & {answer, *gold}
+        ):
+            unlike.append((answer, gold, ours))  # it ignores the base of 204_5, and cannot read 1pi
     assert unlike == []
 
 
@@ -256,8 +262,7 @@ def test_the_rules_never_disagree_with_math_verify_where_that_is_right():
 def test_a_script_without_a_main_guard_runs_once(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
-        "print('started')\nfrom verify_math import verify\n"
-        "print(verify(r'\\boxed{\\sqrt{12}}', r'2\\sqrt{3}'))\n"
+        "print('started')\nfrom verify_math import verify\nprint(verify(r'\\boxed{|-3|}', '3'))\n"
     )
     env = {
         **os.environ,
@@ -269,7 +274,7 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path):
 
 CALLER = """
 import os, sys, time, verify_math
-verify_math.verify(r"\\boxed{\\sqrt{12}}", r"2\\sqrt{3}")
+verify_math.verify(r"\\boxed{|-3|}", "3")
 print(verify_math._idle[-1][0].pid, flush=True)
 """
 
@@ -336,7 +341,7 @@ pairs += [("f(x)+abc", r"\mathrm{exec}(1)")]
 def record(event, args):
     if event in ("compile", "exec"):
         print(event, args)
-solve = verify_math._solver()
+solve = verify_math._solve
 for pair in pairs:
     solve(*pair)
 sys.addaudithook(record)  # after lazy imports
@@ -353,8 +358,8 @@ def test_it_works_under_torchrun(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         "from verify_math import verify_batch\n"
-        f"texts = [r'\\boxed{{\\sqrt{{12}}}}', {SLOW_TEXT!r}]\n"
-        "print(verify_batch(texts, [r'2\\sqrt{3}', '1'], 3.0))\n"
+        "found = verify_batch([r'\\boxed{|-3|}'], ['3'], 20.0)\n"
+        f"print(found + verify_batch([{SLOW_TEXT!r}], ['1'], 2.0))\n"
     )
     env = {
         **os.environ,
@@ -406,8 +411,8 @@ def command(*arguments):
 
 
 def test_one_response_on_the_command_line():
-    done = command("--response", r"So \boxed{\sqrt{12}}.", "--gold", r"2\sqrt{3}")
-    assert (done.stdout, done.stderr) == ("answer: \\sqrt{12}\nright: True\n", "")
+    done = command("--response", r"So \boxed{|-3|}.", "--gold", "3")
+    assert (done.stdout, done.stderr) == ("answer: |-3|\nright: True\n", "")
 
 
 def test_a_file_is_graded(tmp_path):
