@@ -44,8 +44,8 @@ ARMS = {  # arm: command line, the baseline it is compared with
     "grpo": ("gvm_grpo.py --pilot-samples 0", "grpo"),
     "gvm_grpo": ("gvm_grpo.py", "grpo"),
 }
-ABLATION = {  # gvm_raft's defaults are 4 pilots, re-used, prior 1, weighting algorithm1, 4 updates
-    "gvm_raft, 2 pilots": ("gvm_raft.py --pilot-samples 2", "raft"),
+ABLATION = {  # gvm_raft's defaults are 2 pilots, re-used, prior 1, weighting algorithm1, 4 updates
+    "gvm_raft, 4 pilots": ("gvm_raft.py --pilot-samples 4", "raft"),
     "gvm_raft, prior 0": ("gvm_raft.py --prior 0", "raft"),
     "gvm_raft, pilots thrown away": ("gvm_raft.py --no-reuse-pilot", "raft"),
     "gvm_raft, the paper's recipe": (
@@ -59,9 +59,14 @@ ABLATION = {  # gvm_raft's defaults are 4 pilots, re-used, prior 1, weighting al
     "raft, 1 update": ("raft.py --updates-per-step 1", "raft, 1 update"),
     "gvm_raft, 1 update": ("gvm_raft.py --updates-per-step 1", "raft, 1 update"),
 }
+MEMORY = {
+    "remembered pilots": ("bench/remember.py --remember pilots", "raft"),
+    "remembered responses": ("bench/remember.py --remember all", "raft"),
+}
 AXES = ("responses", "tokens", "seconds")
 LEVELS = (0.5, 0.8, 0.95)  # of RAFT's gain
 STYLES = {"raft": "#0072B2", "gvm_raft": "#D55E00", "grpo": "#CC79A7", "gvm_grpo": "#009E73"}
+STYLES |= {"remembered pilots": "#E69F00", "remembered responses": "#56B4E9"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Config:
 
     seeds: int = 10  # runs per arm
     ablation: bool = False  # the variants of gvm_raft as well
+    memory: bool = False  # the variants of bench/remember.py as well
     quick: bool = False  # 2 seeds, 8 steps
     only: str = ""  # arms with this in their name, and the baselines that are there
     steps: int = 12  # E-steps and M-steps
@@ -148,7 +154,7 @@ def compare(runs, arms, seeds, draws=2000):
         start, end = curves["raft"][-1][[0, -1]]
         levels = [start + share * (end - start) for share in LEVELS]
         for arm in arms:
-            samples[arm].append(measures(curves, arm, (ARMS | ABLATION)[arm][1], levels))
+            samples[arm].append(measures(curves, arm, (ARMS | ABLATION | MEMORY)[arm][1], levels))
     bounds = (0.025, 0.975)
     return {
         arm: np.array([s[0], *np.nanquantile(s[1:], bounds, axis=0, method="nearest")])
@@ -164,7 +170,7 @@ def report(runs, arms, seeds):
         value, low, high = results[arm][:, k]
         known = np.isfinite(value) and (k < 13 or value > 0)  # else a level is not reached
         text = f"{value:{form}}" if known else "not reached" if k < 13 else "-"
-        both = interval and (ARMS | ABLATION)[arm][1] != arm and known
+        both = interval and (ARMS | ABLATION | MEMORY)[arm][1] != arm and known
         return text + (f" [{low:{form}}, {high:{form}}]" if both else "")
 
     def table(title, header, rows):
@@ -219,7 +225,7 @@ def main(cfg):
     """Runs what is missing, then reports."""
     steps, seeds = (8, 2) if cfg.quick else (cfg.steps, cfg.seeds)
     cfg = Config(**vars(cfg) | {"steps": steps, "seeds": seeds})
-    arms = ARMS | (ABLATION if cfg.ablation else {})
+    arms = ARMS | (ABLATION if cfg.ablation else {}) | (MEMORY if cfg.memory else {})
     arms = {arm: value for arm, value in arms.items() if cfg.only in arm or arm == "raft"}
     name = f"{steps}x{cfg.problems_per_step}-lr-{cfg.learning_rate:g}-every-{cfg.eval_every}"
     place = cfg.folder / (name + re.sub(r"[^\w.]+", "-", cfg.extra))
@@ -237,7 +243,7 @@ def main(cfg):
     runs = {arm: np.array([read(folders[arm, s]) for s in range(seeds)]) for arm in arms}
     report(runs, [arm for arm in arms if arms[arm][1] in runs], seeds)
     if not cfg.only:
-        draw(runs, list(ARMS), cfg.out)
+        draw(runs, [arm for arm in STYLES if arm in runs], cfg.out)
 
 
 if __name__ == "__main__":
