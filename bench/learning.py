@@ -16,7 +16,7 @@ A finished run is kept in runs/learning/ and not run again.
 
 A real model, on a machine with a GPU, after bench/warmup.py has left it in runs/warm:
 python bench/learning.py --seeds 3 --steps 40 --problems-per-step 64 --learning-rate 1e-5 --jobs 1
-    --eval-every 5 --extra "--model runs/warm --problems gsm8k_train.jsonl --eval-problems
+    --eval-every 5 --extra="--model runs/warm --problems gsm8k_train.jsonl --eval-problems
     gsm8k_test.jsonl --max-new-tokens 256 --eval-samples 8"
 """
 
@@ -82,7 +82,7 @@ class Config:
     problems_per_step: int = 16  # m; with many, the learning rate sets the pace, and not the noise
     learning_rate: float = 3e-4  # of AdamW
     eval_every: int = 2  # steps between evaluations, of one response per held-out problem
-    extra: str = ""  # more settings of the scripts for every run, such as "--model runs/warm"
+    extra: str = ""  # more settings of the scripts for every run, as in --extra="--model runs/warm"
     jobs: int = os.cpu_count() or 1  # runs at a time, of one thread each
     folder: Path = ROOT / "runs" / "learning"  # of the run folders
     out: Path = ROOT / "bench" / "learning.png"  # the figure
