@@ -41,7 +41,7 @@ SPELLING = [  # in this order: one spelling for what has several
     (r"\^ *\{? *\\circ *\}?|\\degree", r"\\text{degree}"),
     (r"\\?%", r"\\text{percent}"),
     (r"\\(?:text\w*|[mh]box|math(?:rm|bf|it|sf)|operatorname)\*? *\{ *", r"\\text{"),
-    (r"\\text\{([^{}a-zA-Z€$]*|[A-Zei])\}", r"\1"),
+    (r"\\text\{([^{}a-zA-Z€$]*|[ei]|(?<![\d}]\\text\{)(?<![\d}] \\text\{)[A-Z])\}", r"\1"),
     (r",? *(?:\\text\{,? *(?:and|or),? *\}|(?<=[^a-zA-Z ]) (?:and|or) )|;", ","),
     (r"(\\(?:sin|cos|tan|cot)) *[({]?([\d.]+)\\text\{degree\}[)}]?", r"\1{\\frac{\2\\pi}{180}}"),
     (r"(?<![\\a-zA-Z])(sqrt|pi|infty|sin|cos|tan)(?![a-zA-Z])", r"\\\1"),
