@@ -208,15 +208,16 @@ def draw(runs, arms, out):
         means = runs[arm][rng.integers(seeds, size=(500, seeds)), -1].mean(1)
         low, high = np.quantile(means, (0.025, 0.975), axis=0)
         for panel, axis in zip(panels, x):
-            panel.plot(axis, accuracy, color=STYLES[arm], lw=1.5, label=f"{arm}, {seeds} seeds")
+            panel.plot(axis, accuracy, color=STYLES[arm], lw=1.5, label=arm)
             panel.fill_between(axis, low, high, color=STYLES[arm], alpha=0.2, lw=0)
     for panel, name in zip(panels, AXES):
         panel.set(xlabel=f"{name}, pilots included", xlim=(0, None))
         panel.locator_params(axis="x", nbins=5)
         panel.xaxis.set_major_formatter("{x:,.0f}")
         panel.grid(alpha=0.25, lw=0.6)
-    panels[0].set(ylabel="held-out accuracy")
-    panels[0].legend(frameon=False, loc="lower right")
+    panels[0].set(ylabel=f"held-out accuracy, {seeds} seeds")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
     figure.savefig(out, dpi=110)
     print(f"\ndrew {out}")
 
