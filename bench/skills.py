@@ -7,11 +7,12 @@ to 0.012, and no symbol teaches another. This is where a budget can matter most:
 need no responses, and rare ones need many. The training set is small, as real ones are: with 32
 problems a step, each of the 240 comes again every seven or eight steps.
 
-Run: python bench/skills.py     (four minutes on one core; makes runs/skills/)
-then python bench/learning.py --memory --folder runs/learning-skills --out bench/skills.png --steps 56
+Run: python bench/skills.py     (four minutes on one core; makes runs/skills/), then
+
+python bench/learning.py --memory --folder runs/learning-skills --out bench/skills.png --steps 56
     --problems-per-step 32 --learning-rate 8e-4 --eval-every 4 --extra="--samples-per-problem 4
     --updates-per-step 2 --model runs/skills/model --problems runs/skills/train.jsonl
-    --eval-problems runs/skills/test.jsonl"
+    --eval-problems runs/skills/test.jsonl"     (15 minutes on two cores)
 """
 
 import re
