@@ -45,14 +45,14 @@ def sketched(hidden_KD, target_K, length_B, head, temperature, chunk=2**22, fold
     logit_BTT = hidden_BTD @ head.weight[target_BT].float().mT
     own_BT1, rest_BT1, gram_BTT, start = logit_BTT.diagonal(0, 1, 2)[..., None], 0, 0, 0
     for weight_VD in head.weight.split(max(fold, chunk // target_BT.numel() // fold * fold)):
-        odds_BTV = (hidden_BTD @ weight_VD.T.float()).sub_(own_BT1).clamp_(max=40).exp_()
+        odds_BTV = (hidden_BTD @ weight_VD.T.float()).sub_(own_BT1).clamp_(max=30).exp_()
         here = ((target_BT >= start) & (target_BT < start + len(weight_VD))).nonzero(as_tuple=True)
         odds_BTV[*here, target_BT[here] - start] = 0
         rest_BT1 = rest_BT1 + odds_BTV.sum(-1, keepdim=True)
         folded_BTF = sketch(odds_BTV, fold, start)
         gram_BTT, start = gram_BTT + folded_BTF @ folded_BTF.mT, start + len(weight_VD)
     same_BTT = target_BT[:, :, None] == target_BT[:, None]
-    odds_BTT = (logit_BTT - own_BT1).clamp(max=40).exp()
+    odds_BTT = (logit_BTT - own_BT1).clamp(max=30).exp()
     cross_BTT = torch.where(same_BTT, -rest_BT1 / 2, odds_BTT) * rest_BT1.mT
     hidden_BTD = hidden_BTD / (1 + rest_BT1)
     square_B = ((gram_BTT - cross_BTT - cross_BTT.mT) * (hidden_BTD @ hidden_BTD.mT)).sum((1, 2))
