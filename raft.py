@@ -83,7 +83,7 @@ class Config:
     resume: bool = False  # continue the run in --run-dir from its last checkpoint
     sampler: Literal["auto", "torch", "vllm"] = "auto"  # auto: vllm where CUDA and vllm are there
     sleep: bool = False  # vllm frees its GPU memory between its turns, for models that need it all
-    tokens_per_batch: int = 16384  # padded tokens of a micro-batch; a quarter of a sampler's batch
+    tokens_per_batch: int = 2048  # padded tokens of a micro-batch; the sampler takes 32 times that
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
 
 
@@ -211,7 +211,7 @@ class TorchSampler:
     def __call__(self, prompts, seeds):
         """One response per prompt, from its own seed: [(token ids [T], log-probabilities [T])]."""
         longest = max(map(len, prompts), default=0) + self.cfg.max_new_tokens
-        size = max(1, 4 * self.cfg.tokens_per_batch // longest)
+        size = max(1, 32 * self.cfg.tokens_per_batch // longest)
         starts = range(0, len(prompts), size)
         return [r for i in starts for r in self.draw(prompts[i : i + size], seeds[i : i + size])]
 
