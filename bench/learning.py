@@ -59,14 +59,15 @@ ABLATION = {  # gvm_raft's defaults are 2 pilots, re-used, prior 1, weighting al
     "raft, 1 update": ("raft.py --updates-per-step 1", "raft, 1 update"),
     "gvm_raft, 1 update": ("gvm_raft.py --updates-per-step 1", "raft, 1 update"),
 }
-MEMORY = {
-    "remembered pilots": ("bench/remember.py --remember pilots", "raft"),
-    "remembered responses": ("bench/remember.py --remember all", "raft"),
+BUDGETS = {
+    "rounds": ("bench/budgets.py --budget rounds", "raft"),
+    "remembered pilots": ("bench/budgets.py --budget pilots", "raft"),
+    "remembered responses": ("bench/budgets.py --budget responses", "raft"),
 }
 AXES = ("responses", "tokens", "seconds")
 LEVELS = (0.5, 0.8, 0.95)  # of RAFT's gain
 STYLES = {"raft": "#0072B2", "gvm_raft": "#D55E00", "grpo": "#CC79A7", "gvm_grpo": "#009E73"}
-STYLES |= {"remembered pilots": "#E69F00", "remembered responses": "#56B4E9"}
+STYLES |= {"rounds": "#000000", "remembered pilots": "#E69F00", "remembered responses": "#56B4E9"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Config:
 
     seeds: int = 10  # runs per arm
     ablation: bool = False  # the variants of gvm_raft as well
-    memory: bool = False  # the variants of bench/remember.py as well
+    budgets: bool = False  # those of bench/budgets.py as well
     quick: bool = False  # 2 seeds, 8 steps
     only: str = ""  # arms with this in their name, and the baselines that are there
     steps: int = 12  # E-steps and M-steps
@@ -154,7 +155,7 @@ def compare(runs, arms, seeds, draws=2000):
         start, end = curves["raft"][-1][[0, -1]]
         levels = [start + share * (end - start) for share in LEVELS]
         for arm in arms:
-            samples[arm].append(measures(curves, arm, (ARMS | ABLATION | MEMORY)[arm][1], levels))
+            samples[arm].append(measures(curves, arm, (ARMS | ABLATION | BUDGETS)[arm][1], levels))
     bounds = (0.025, 0.975)
     return {
         arm: np.array([s[0], *np.nanquantile(s[1:], bounds, axis=0, method="nearest")])
@@ -170,7 +171,7 @@ def report(runs, arms, seeds):
         value, low, high = results[arm][:, k]
         known = np.isfinite(value) and (k < 13 or value > 0)  # else a level is not reached
         text = f"{value:{form}}" if known else "not reached" if k < 13 else "-"
-        both = interval and (ARMS | ABLATION | MEMORY)[arm][1] != arm and known
+        both = interval and (ARMS | ABLATION | BUDGETS)[arm][1] != arm and known
         return text + (f" [{low:{form}}, {high:{form}}]" if both else "")
 
     def table(title, header, rows):
@@ -217,7 +218,7 @@ def draw(runs, arms, out):
         panel.grid(alpha=0.25, lw=0.6)
     panels[0].set(ylabel=f"held-out accuracy, {seeds} seeds")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=7, frameon=False)
     figure.savefig(out, dpi=110)
     print(f"\ndrew {out}")
 
@@ -226,7 +227,7 @@ def main(cfg):
     """Runs what is missing, then reports."""
     steps, seeds = (8, 2) if cfg.quick else (cfg.steps, cfg.seeds)
     cfg = Config(**vars(cfg) | {"steps": steps, "seeds": seeds})
-    arms = ARMS | (ABLATION if cfg.ablation else {}) | (MEMORY if cfg.memory else {})
+    arms = ARMS | (ABLATION if cfg.ablation else {}) | (BUDGETS if cfg.budgets else {})
     arms = {arm: value for arm, value in arms.items() if cfg.only in arm or arm == "raft"}
     name = f"{steps}x{cfg.problems_per_step}-lr-{cfg.learning_rate:g}-every-{cfg.eval_every}"
     place = cfg.folder / (name + re.sub(r"[^\w.]+", "-", cfg.extra))

@@ -9,10 +9,10 @@ problems a step, each of the 240 comes again every seven or eight steps.
 
 Run: python bench/skills.py     (four minutes on one core; makes runs/skills/), then
 
-python bench/learning.py --memory --folder runs/learning-skills --out bench/skills.png --steps 56
+python bench/learning.py --budgets --folder runs/learning-skills --out bench/skills.png --steps 56
     --problems-per-step 32 --learning-rate 8e-4 --eval-every 4 --extra="--samples-per-problem 4
-    --updates-per-step 2 --model runs/skills/model --problems runs/skills/train.jsonl
-    --eval-problems runs/skills/test.jsonl"     (15 minutes on two cores)
+    --updates-per-step 2 --tokens-per-batch 16384 --model runs/skills/model --problems
+    runs/skills/train.jsonl --eval-problems runs/skills/test.jsonl"   (20 minutes on two cores)
 """
 
 import re

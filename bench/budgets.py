@@ -1,16 +1,16 @@
-"""gvm_raft.py with budgets that remember what earlier steps said of a problem.
+"""gvm_raft.py with other budgets than Proposition 1 of one pilot, for bench/learning.py --budgets.
 
-Where problems come again, a pilot is not all that is known of them. Two ways, by --remember:
+By --budget, every step draws as many responses as gvm_raft.py's:
 
+  * rounds: one response for every problem, then more for those without an accepted one, round after
+    round, up to --most of them; what is left when all are solved is spread evenly;
   * pilots: the paper's pilot, but p and G come from all pilots of a problem; at every visit the
     counts of the earlier ones fade by --fade (a Beta posterior that forgets);
-  * all: no pilot. p comes from all earlier responses of a problem, faded in the same way, and G is
-    modelled as 1 - p: a sure policy has small gradients. A solved problem may get no response.
+  * responses: no pilot. p comes from all earlier responses of a problem, faded in the same way, and
+    G is modelled as 1 - p: a sure policy has small gradients. A solved problem may get none.
 
-This is also an example of a variant: it replaces sample_counts and leaves the rest as it is. Its
-memory is not in the checkpoints, so a run cannot be resumed.
-
-Run: python bench/skills.py, then the command in its docstring with --memory
+This is also an example of a variant: it replaces sample_counts and leaves the rest as it is. What
+it remembers is not in the checkpoints, so a run cannot be resumed.
 """
 
 import sys
@@ -30,7 +30,8 @@ from allocator import allocate
 class Config(gvm_raft.Config):
     """gvm_raft.py's settings, and:"""
 
-    remember: Literal["pilots", "all"] = "all"  # whose rewards are kept
+    budget: Literal["rounds", "pilots", "responses"] = "rounds"
+    most: int = 8  # responses to an unsolved problem in rounds
     fade: float = 0.9  # weight of what was known at the last visit
 
 
@@ -45,10 +46,31 @@ def recall(prompt_P, new_P3, fade):
     return fade * old_P3 + new_P3
 
 
+def in_rounds(problem_P, sampler, progress, cfg):
+    """One response each, then to the unsolved alone; the same budget as the others'."""
+    count_P, drawn_PS = np.ones(len(problem_P), int), None
+    left = (cfg.samples_per_problem - 1) * len(problem_P)
+    while True:
+        counts = count_P.tolist()
+        drawn_PS = gvm_raft.sample(problem_P, counts, sampler, progress, cfg, kept_PS=drawn_PS)
+        hit_P = np.array([any(r.reward for r in drawn_S) for drawn_S in drawn_PS])
+        open_P = np.flatnonzero(~hit_P & (count_P < cfg.most))[:left]
+        if open_P.size == 0:
+            break
+        # few problems get one response a round; many rounds of few cost more than they save
+        more_P = np.minimum(cfg.most - count_P[open_P], 4 if 4 * open_P.size <= left else 1)
+        count_P[open_P] += more_P
+        left -= more_P.sum()
+    count_P += left // len(problem_P) + (np.arange(len(problem_P)) < left % len(problem_P))
+    return count_P.tolist(), drawn_PS, {}
+
+
 def sample_counts(problem_P, policy, sampler, progress, cfg):
     """nᵢ of every problem [P], the pilots to train on, and metrics."""
     prompt_P = [tuple(problem.prompt_ids) for problem in problem_P]
-    if cfg.remember == "pilots":
+    if cfg.budget == "rounds":
+        return in_rounds(problem_P, sampler, progress, cfg)
+    if cfg.budget == "pilots":
 
         def estimate_from_all(accepted_P, drawn_P, norm_P, prior):
             square_P = np.where(np.array(accepted_P) > 0, np.square(norm_P) * accepted_P, 0)
@@ -70,7 +92,7 @@ def sample_counts(problem_P, policy, sampler, progress, cfg):
 
 def remembering_update(policy, reference, optimizer, response_PS, cfg):
     """gvm_raft.update, after taking note of all rewards."""
-    if cfg.remember == "all":
+    if cfg.budget == "responses":
         drawn_PS = [response_S for response_S in response_PS if response_S]
         prompt_P = [tuple(response_S[0].prompt_ids) for response_S in drawn_PS]
         new_P3 = [[sum(r.reward for r in s), len(s), 0] for s in drawn_PS]
