@@ -83,7 +83,7 @@ class Config:
     resume: bool = False  # continue the run in --run-dir from its last checkpoint
     sampler: Literal["auto", "torch", "vllm"] = "auto"  # auto: vllm where CUDA and vllm are there
     sleep: bool = False  # vllm frees its GPU memory between its turns, for models that need it all
-    tokens_per_batch: int = 2048  # padded tokens of a micro-batch; the sampler takes 32 times that
+    tokens_per_batch: int = 2048  # padded tokens of a micro-batch; the torch sampler takes 32 times
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
 
 

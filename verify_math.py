@@ -33,6 +33,10 @@ SIGN = str.maketrans({pair[0]: pair[1:].replace("_", " ") for pair in SIGN.split
 SYNONYM = {"\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "**": "^"}
 SYNONYM |= {"\\leq": "\\le ", "\\leqslant": "\\le ", "\\geq": "\\ge ", "\\geqslant": "\\ge "}
 SYNONYM |= {"\\langle": "(", "\\rangle": ")", "\\cdot": "*", "\\times": "*"}
+NO_UNIT = "[abc]+|[xyz]+|[pqr]+|[mn]+|is|and|or|of|mod|over|out|times|choose|squared|cubed|"
+NO_UNIT += r"hundred|thousand|[mb]illion|dozen|hal\w+|quarters?"
+NO_UNIT = rf"(?! *(?:(?:{NO_UNIT})\b|sin|cos|tan|ln|log|exp|arc))"
+WORD = r"\\text{\1\2}"
 SPELLING = [  # in this order: one spelling for what has several
     (r"\\! *|(?<=\{,)\}|\{(?=,\})", ""),
     (r"(\\\\)|\\(?:left|right|displaystyle|q?quad)(?![a-zA-Z])|\\[,;: ]|~|\s+|(?<!\\)\$", r"\1 "),
@@ -47,9 +51,9 @@ SPELLING = [  # in this order: one spelling for what has several
     (r"(?<![\\a-zA-Z])(sqrt|pi|infty|sin|cos|tan)(?![a-zA-Z])", r"\\\1"),
     (r"\\[a-zA-Z]+|\*\*", lambda m: SYNONYM.get(m[0], m[0])),
     (r"\\(frac|sqrt) *(\d)", r"\\\1{\2}"),
-    (r"\\sqrt *\[(\w)\]", r"\\root{\1}"),
+    (r"\\sqrt *\[\{?([^][{}]+)\}?\]", r"\\root{\1}"),
     (r"\\\\ *(?=\\end)", ""),
-    (r"(?<=\d)( [a-zA-Z][^\W\d_]|[^\W\d_]{3}|[ck]m|kg|[^\W\d_a-zA-Z])([\w ./]*)", r"\\text{\1\2}"),
+    (rf"(?<=\d){NO_UNIT}( [a-zA-Z][^\W\d_]|[^\W\d_]{{3}}|[ck]m|kg|[^\W\d_a-zA-Z])([\w ./]*)", WORD),
     (r"(?<![\d.}^_/])(\d+) *(\\frac *(?:\{\d+\}|\d){2}|(?<= )\d+/\d+$)", r"(\1+\2)"),
     (r"^ *[-+]? *\d{1,3}([, ]\d{3})+(?=\.\d| *(?:$|\\text))", lambda m: re.sub("[, ]", "", m[0])),
     (r"(?<!\w) +| +(?!\w)|(?<=\d) +(?=[a-zA-Z])", ""),
@@ -72,6 +76,8 @@ mp = mpmath.MPContext()  # of its own, so that the caller's keeps its precision
 mp.dps, EPSILON = 1500, mp.mpf(10) ** -1450
 TOKEN = r"\\(?:begin|end)\{[pb]matrix\}|\\(?:sin|cos|tan|cot|sec|csc|ln|pi)|\\[a-zA-Z]+|\\."
 TOKEN = re.compile(TOKEN + r"|[A-Za-z](?:_\w)?|\d+\.?\d*|\.\d+|\S")
+SLOW = re.compile(r"\^|\\(?:sin|cos|tan|cot|sec|csc|ln|root)")
+FUNCTION = re.compile(r"(?<![\\a-zA-Z])[fghPQ]\(")  # is no product
 VALUE = re.compile(r"[A-Za-z({]|\\(?!cup|end|[\\}])")  # what starts one that is a factor
 OPENING = {"(": "(", "[": "[", "{": "(", "\\{": "{"}
 OPENING |= {"\\begin{pmatrix}": "|", "\\begin{bmatrix}": "|"}
@@ -80,6 +86,7 @@ OPERATOR = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mu
 OPERATOR |= {"/": (2, operator.truediv), "^": (4, operator.pow)}
 ONE = {"\\sqrt": mp.sqrt, "\\sin": mp.sin, "\\cos": mp.cos, "\\tan": mp.tan, "\\ln": mp.ln}
 ONE |= {"\\sec": mp.sec, "\\csc": mp.csc, "\\cot": mp.cot}
+INVERSE = {"\\sin": mp.asin, "\\cos": mp.acos, "\\tan": mp.atan}
 TWO = {"\\frac": operator.truediv}
 TWO |= {"\\root": lambda n, x: mp.sign(x) * abs(x) ** (1 / n) if n % 2 == 1 else x ** (1 / n)}
 CONSTANT = {"e": +mp.e, "i": mp.j, "\\pi": +mp.pi, "\\infty": mp.inf}
@@ -124,8 +131,10 @@ def spell(answer):
 def values(text, point="0"):
     """The unordered values in a text, numbers or tuples; None where it is not arithmetic."""
     found = []
+    if len(SLOW.findall(text)) > 20 or FUNCTION.search(text):
+        return None
     with suppress(Exception):  # not arithmetic, or too much of it
-        for plus, minus in ("+-", "-+") if "\\pm" in text else ("+-",):
+        for plus, minus in ("+-", "-+") if "\\pm" in text or "\\mp" in text else ("+-",):
             signed = TOKEN.findall(text.replace("\\pm", plus).replace("\\mp", minus))
             found += parse(tokens := [point, "\\}", *reversed(signed), "\\{"])
         return found if tokens == [point] else None
@@ -151,7 +160,8 @@ def parse(tokens, binding=0):
         value = (value[0], *parts) if parts else sign * value
     elif token in ONE:
         power = parse(tokens, 9) if tokens[-1] == "^" and tokens.pop() else 1
-        value = ONE[token](parse(tokens, 9 if tokens[-1] in OPENING else 2)) ** power
+        function, power = (INVERSE[token], 1) if power == -1 else (ONE[token], power)
+        value = function(parse(tokens, 9 if tokens[-1] in OPENING else 2)) ** power
     elif token in TWO:
         value = TWO[token](parse(tokens, 9), parse(tokens, 9))
     elif token in CONSTANT:
@@ -286,7 +296,8 @@ def _solve(answer, gold):
     # sympify reads strings by parse_expr, which would evaluate them as code
     sympy_parser.parse_expr = lambda text, **_: (Symbol if text.isidentifier() else Rational)(text)
     latex = [math_verify.LatexExtractionConfig()]
-    boxes = [f"\\boxed{{{text}}}" for text in (gold, answer)]
+    roots = [re.sub(r"\\root\{([^{}]+)\}", r"\\sqrt[\1]", text) for text in (gold, answer)]
+    boxes = [f"\\boxed{{{text}}}" for text in roots]
     parsed = [math_verify.parse(box, latex, "no_fallback", parsing_timeout=None) for box in boxes]
     with suppress(Exception):  # not two numbers: math-verify would round these
         x, y = (N(tree[0].doit(), 30) for tree in parsed)

@@ -57,7 +57,7 @@ def in_rounds(problem_P, sampler, progress, cfg):
         open_P = np.flatnonzero(~hit_P & (count_P < cfg.most))[:left]
         if open_P.size == 0:
             break
-        # few problems get one response a round; many rounds of few cost more than they save
+        # four at a time where the budget allows it: every round is a call of the sampler
         more_P = np.minimum(cfg.most - count_P[open_P], 4 if 4 * open_P.size <= left else 1)
         count_P[open_P] += more_P
         left -= more_P.sum()
@@ -83,7 +83,8 @@ def sample_counts(problem_P, policy, sampler, progress, cfg):
         return pilots_only(problem_P, policy, sampler, progress, cfg)
     accepted_P, drawn_P, _ = np.array([memory.get(p, np.zeros(3)) for p in prompt_P]).T
     accepted, drawn, _ = sum(memory.values(), np.array([0.5, 1, 0]))  # of all problems
-    accept_P = (accepted_P + cfg.prior * accepted / drawn) / (drawn_P + cfg.prior)
+    prior = max(cfg.prior, 1e-3)  # or a problem that is new has no rate
+    accept_P = (accepted_P + prior * accepted / drawn) / (drawn_P + prior)
     budget = cfg.samples_per_problem * len(problem_P)
     norm_P = np.maximum(1 - accept_P, 0.02)
     count_P = allocate(accept_P, norm_P, budget, alpha=cfg.alpha, beta=cfg.beta)
@@ -100,6 +101,17 @@ def remembering_update(policy, reference, optimizer, response_PS, cfg):
     return update(policy, reference, optimizer, response_PS, cfg)
 
 
-if __name__ == "__main__":
+def main(cfg):
+    """gvm_raft.main with these budgets."""
+    if cfg.resume:
+        gvm_raft.refuse("--resume: what was remembered is not in the checkpoint; start a new run")
+    if cfg.fade > 1:
+        gvm_raft.refuse(f"--fade must be at most 1, not {cfg.fade}: old counts would grow")
+    if cfg.budget == "pilots" and cfg.pilot_samples == 0:
+        gvm_raft.refuse("--budget pilots needs --pilot-samples of at least 1")
     gvm_raft.sample_counts, gvm_raft.update = sample_counts, remembering_update
-    gvm_raft.main(tyro.cli(Config))
+    gvm_raft.main(cfg)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,4 +1,4 @@
-"""Does the budget of Prop. 1 learn more per response? Prints markdown tables, draws a figure.
+r"""Does the budget of Prop. 1 learn more per response? Prints markdown tables, draws a figure.
 
 Every arm is a script with settings, trained on the tiny model once a seed; arms with the same seed
 see the same problems in the same order. Held-out accuracy is measured every other step, against
@@ -10,14 +10,14 @@ level is where its mean curve first crosses it, linear in between. Levels are th
 80% and 95% of what RAFT gains in the run. The ratio is the baseline's need over the arm's: above 1
 the arm is faster. Intervals: 95%, 2,000 bootstraps over seeds, the same seeds for arm and baseline.
 
-Run: python bench/learning.py [--seeds 10] [--ablation]   (a run takes a minute on one core)
+Run: python bench/learning.py [--seeds 10] [--ablation] [--budgets]   (10 seconds a run on a core)
      python bench/learning.py --quick                     (two minutes on two cores, says little)
-A finished run is kept in runs/learning/ and not run again.
+A finished run is kept in runs/learning/ and not run again: remove it when a default has changed.
 
 A real model, on a machine with a GPU, after bench/warmup.py has left it in runs/warm:
-python bench/learning.py --seeds 3 --steps 40 --problems-per-step 64 --learning-rate 1e-5 --jobs 1
-    --eval-every 5 --extra="--model runs/warm --problems gsm8k_train.jsonl --eval-problems
-    gsm8k_test.jsonl --max-new-tokens 256 --eval-samples 8"
+python bench/learning.py --seeds 3 --steps 40 --problems-per-step 64 --learning-rate 1e-5 \
+    --jobs 1 --eval-every 5 --out runs/real.png --extra="--model runs/warm --problems gsm8k_train.jsonl \
+    --eval-problems gsm8k_test.jsonl --max-new-tokens 256 --eval-samples 8"
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A harder problem set than tiny/: twelve skills that share nothing, from solved to hopeless.
+r"""A harder problem set than tiny/: twelve skills that share nothing, from solved to hopeless.
 
 In tiny/ one habit solves all problems, so that easy ones teach hard ones. Here a problem such as
 5&3+4+6 hides a rule behind its symbol. The model knows all twelve rules and names one before it
@@ -9,10 +9,11 @@ problems a step, each of the 240 comes again every seven or eight steps.
 
 Run: python bench/skills.py     (four minutes on one core; makes runs/skills/), then
 
-python bench/learning.py --budgets --folder runs/learning-skills --out bench/skills.png --steps 56
-    --problems-per-step 32 --learning-rate 8e-4 --eval-every 4 --extra="--samples-per-problem 4
-    --updates-per-step 2 --tokens-per-batch 16384 --model runs/skills/model --problems
-    runs/skills/train.jsonl --eval-problems runs/skills/test.jsonl"   (20 minutes on two cores)
+python bench/learning.py --budgets --folder runs/learning-skills --out bench/skills.png \
+    --steps 56 --problems-per-step 32 --learning-rate 8e-4 --eval-every 4 \
+    --extra="--samples-per-problem 4 --updates-per-step 2 --tokens-per-batch 16384 \
+    --model runs/skills/model --problems runs/skills/train.jsonl \
+    --eval-problems runs/skills/test.jsonl"                        (20 minutes on two cores)
 """
 
 import re
@@ -90,6 +91,8 @@ def demonstrations(is_skill, test, rng):
 
 def main(cfg):
     """Makes the model and its problems with the functions of tiny/make.py, but these."""
+    if not 0 < cfg.train <= 16_000:
+        sys.exit(f"skills.py: --train must be between 1 and 16000, not {cfg.train}")
     make.make_problem, make.solve, make.demonstrations = make_problem, solve, demonstrations
     make.TRAIN, make.UPDATES, make.BATCH = cfg.train, 2600, 48
     make.main(make.Config(out=cfg.out, overwrite=cfg.overwrite))

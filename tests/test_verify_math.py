@@ -145,6 +145,7 @@ BOMBS = {
     "blanks": "\\boxed{1}" + " " * 1_000_000 + "\\boxed{2",
     "linear equations": "\\boxed{" + "1" * 480 + "x=" + "+1" * 200 + "y?}",
     "powers": "\\boxed{" + "x^x" * 330 + "}",
+    "powers of both signs": "\\boxed{\\pm " + "x^i" * 320 + "\\%}",
     "separators": "\\boxed{1}" + ", and " * 100_000 + "x\\boxed{2}",
     "regex, dollars": "\\boxed{" + "$" * 1999 + "}",
     "regex, texts": "\\boxed{" + "\\text{" * 300 + "}",
