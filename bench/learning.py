@@ -16,8 +16,9 @@ A finished run is kept in runs/learning/ and not run again: remove it when a def
 
 A real model, on a machine with a GPU, after bench/warmup.py has left it in runs/warm:
 python bench/learning.py --seeds 3 --steps 40 --problems-per-step 64 --learning-rate 1e-5 \
-    --jobs 1 --eval-every 5 --out runs/real.png --extra="--model runs/warm --problems gsm8k_train.jsonl \
-    --eval-problems gsm8k_test.jsonl --max-new-tokens 256 --eval-samples 8"
+    --jobs 1 --eval-every 5 --out runs/real.png --extra="--model runs/warm \
+    --problems gsm8k_train.jsonl --eval-problems gsm8k_test.jsonl \
+    --max-new-tokens 256 --eval-samples 8"
 """
 
 import json
