@@ -63,3 +63,21 @@ def test_step_reports_every_phase():
     assert done.returncode == 0, done.stderr
     for phase in ("sampling", "verification", "allocation", "update", "weight hand-over"):
         assert f"| {phase} |" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["rounds", "pilots", "responses"])
+def test_other_budgets_draw_as_many_responses(tmp_path, budget):
+    """The same eight problems in both steps, so that there is something to remember."""
+    rows = (BENCH.parent / "tiny" / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(rows[:8]))
+    few = ["--problems", tmp_path / "few.jsonl", "--eval-problems", tmp_path / "few.jsonl"]
+    sizes = ["--steps", 2, "--problems-per-step", 8, "--samples-per-problem", 4]
+    folder = tmp_path / "run"
+    done = run("budgets.py", "--budget", budget, *few, *sizes, "--run-dir", folder)
+    assert done.returncode == 0, done.stderr[-500:]
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    counts = [row["counts"] for row in steps if "counts" in row]
+    assert [sum(n) for n in counts] == [32, 32] and len(set(counts[-1])) > 1
+    again = run("budgets.py", "--budget", budget, *few, "--run-dir", folder, "--resume")
+    assert again.returncode == 2 and again.stderr.count("\n") == 1
