@@ -83,7 +83,7 @@ class Config:
     resume: bool = False  # continue the run in --run-dir from its last checkpoint
     sampler: Literal["auto", "torch", "vllm"] = "auto"  # auto: vllm where CUDA and vllm are there
     sleep: bool = False  # vllm frees its GPU memory between its turns, for models that need it all
-    tokens_per_batch: int = 2048  # padded tokens of a micro-batch; the torch sampler takes 32 times
+    tokens_per_batch: int = 2048  # padded tokens of a micro-batch; TorchSampler takes 32 times that
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
 
 
@@ -399,7 +399,7 @@ def load_policy(cfg, device):
 
 def distinct(responses):
     """The different ones among the responses, and which of them each one is: its place [B]."""
-    texts = [(r.reward, *r.prompt_ids, *r.token_ids) for r in responses]
+    texts = [(r.reward, tuple(r.prompt_ids), r.token_ids.tobytes()) for r in responses]
     once = dict(zip(texts, responses))
     place = {text: i for i, text in enumerate(once)}
     return list(once.values()), np.array([place[text] for text in texts], int)

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +251,8 @@ def main(cfg):
         train(cfg, cfg.seeds, folder, clock)
         (folder / "seconds.json").write_text(json.dumps(clock.steps))
         return
+    if not find_spec("trl"):
+        sys.exit("vs_trl.py needs the package trl, in an environment of its own: pip install trl")
     seconds, models = defaultdict(list), defaultdict(list)
     with tempfile.TemporaryDirectory() as place:
         bar = tqdm(total=2 * cfg.seeds, desc="runs")
