@@ -3,9 +3,8 @@
 The gradient estimate of Lemma 1 has variance <= Σᵢ Gᵢ²/(pᵢ nᵢ): problem i is solved at rate pᵢ, its
 accepted responses have RMS gradient norm Gᵢ, nᵢ are drawn. Eq. 7 damps hopeless problems: minimise
 Σᵢ cᵢ/nᵢ, cᵢ = wᵢ², with Σᵢ nᵢ = N. Over the reals nᵢ = N wᵢ / Σₗ wₗ (Prop. 1): Neyman allocation
-with a pilot, each stratum sampled by its spread as a few draws show it. Integers need no rounding:
-one more response gains cᵢ/nᵢ - cᵢ/(nᵢ+1) = cᵢ/(nᵢ(nᵢ+1)); gains shrink, so greedy, each response to
-whoever gains most, is optimal. A search for λ, greedy's last gain, replaces its loop.
+with a pilot. Integers: one more response gains cᵢ/nᵢ - cᵢ/(nᵢ+1) = cᵢ/(nᵢ(nᵢ+1)); gains shrink, so
+greedy, each response to whoever gains most, is optimal; a search for its last gain λ is its loop.
 Suffix _P: one entry per problem. Example by hand: w = G/√p = 4, 2, 1, 1 (α = 0), N = 32.
 >>> p, G = [0.25, 0.25, 0.25, 1.0], [2.0, 1.0, 0.5, 1.0]
 >>> weights(p, G, alpha=0.0).tolist(), allocate(p, G, 32, alpha=0.0).tolist()  # 32/8 each
@@ -65,15 +64,16 @@ def predicted_variance(count_P, accept_rate_P, grad_norm_P, *, alpha=1e-3, beta=
 def estimate(accepted_P, drawn_P, norm_P, prior=1.0):
     """p̂ᵢ and Ĝᵢ of Algorithm 2 from drawn pilots and the RMS gradient norm of those accepted.
 
-    p̂ᵢ adds prior more pilots, accepted at the batch's rate (0: the paper's p̂ᵢ). Of an unsolved
-    problem norm_P is not read: Ĝᵢ is the mean of those with the fewest accepted, 1 without any."""
+    p̂ᵢ adds prior more pilots, accepted at the batch's rate (0: the paper's p̂ᵢ). Without an accepted
+    one Ĝᵢ is 1 - p̂ᵢ, as a softmax's gradient, in the scale of the other problems; 1 if all fail."""
     n_P = _column("drawn_P", drawn_P, np.size(accepted_P), low=1)
     a_P = _column("accepted_P", accepted_P, n_P.size, high=n_P)
     G_P = _column("norm_P", norm_P, n_P.size, skip=a_P == 0)
     _column("prior", prior, 1)
     p_P = (a_P + prior * a_P.sum() / n_P.sum()) / (n_P + prior)
-    hard_P = a_P == a_P.min(initial=np.inf, where=a_P > 0)  # hard problems have large gradients
-    return p_P, np.where(a_P > 0, G_P, G_P[hard_P].mean() if a_P.any() else 1.0)
+    miss_P, hit_P = np.maximum(1 - p_P, 1e-3), a_P > 0
+    scale = G_P[hit_P].sum() / miss_P[hit_P].sum() if hit_P.any() else 1.0
+    return p_P, np.where(hit_P, G_P, scale * miss_P)
 
 
 def _greedy(c_P, budget, few_P, many_P):

@@ -83,6 +83,7 @@ class Config:
     steps: int = 12  # E-steps and M-steps
     problems_per_step: int = 16  # m; with many, the learning rate sets the pace, and not the noise
     learning_rate: float = 3e-4  # of AdamW
+    baseline_rate: float = 0.0  # of raft and grpo, if theirs is another one
     eval_every: int = 2  # steps between evaluations, of one response per held-out problem
     extra: str = ""  # more settings of the scripts for every run, as in --extra="--model runs/warm"
     jobs: int = os.cpu_count() or 1  # runs at a time, of one thread each
@@ -101,7 +102,9 @@ def run(command, seed, folder, cfg):
     """Trains one arm with one seed, from the start."""
     shutil.rmtree(folder, ignore_errors=True)
     script, *settings = command.split()
-    settings += f"--steps {cfg.steps} --learning-rate {cfg.learning_rate} --seed {seed}".split()
+    is_baseline = command in (ARMS["raft"][0], ARMS["grpo"][0])
+    rate = (is_baseline and cfg.baseline_rate) or cfg.learning_rate
+    settings += f"--steps {cfg.steps} --learning-rate {rate} --seed {seed}".split()
     settings += f"--problems-per-step {cfg.problems_per_step} --eval-samples 1".split()
     settings += f"--eval-every {cfg.eval_every} --save-every 100000 {cfg.extra}".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -230,7 +233,7 @@ def main(cfg):
     cfg = Config(**vars(cfg) | {"steps": steps, "seeds": seeds})
     arms = ARMS | (ABLATION if cfg.ablation else {}) | (BUDGETS if cfg.budgets else {})
     arms = {arm: value for arm, value in arms.items() if cfg.only in arm or arm == "raft"}
-    name = f"{steps}x{cfg.problems_per_step}-lr-{cfg.learning_rate:g}-every-{cfg.eval_every}"
+    name = f"{steps}x{cfg.problems_per_step}-lr-{cfg.learning_rate:g}-{cfg.baseline_rate:g}-every-{cfg.eval_every}"
     place = cfg.folder / (name + re.sub(r"[^\w.]+", "-", cfg.extra))
     folders = {
         (arm, s): place / f"{arm}-{s}".replace(" ", "-") for s in range(seeds) for arm in arms

@@ -1,7 +1,8 @@
 """How good is the budget of Prop. 1 when pᵢ and Gᵢ come from a small pilot? Prints markdown tables.
 
-Each batch has 256 problems, pᵢ from a Beta distribution, Gᵢ lognormal (sigma 0.5), and accepted
-responses whose gradient norms scatter around Gᵢ (lognormal, sigma 0.5, RMS Gᵢ). A pilot draws N'
+Each batch has 256 problems, pᵢ from a Beta distribution, Gᵢ = (1 - pᵢ) times a lognormal number
+(sigma 0.2; --law shows that the tiny models are like this), and accepted responses whose gradient
+norms scatter around Gᵢ (lognormal, sigma 0.5, RMS Gᵢ). A pilot draws N'
 responses of each problem, allocator.estimate and allocate set nᵢ from them, and nᵢ is judged by the
 true pᵢ and Gᵢ, relative to the uniform allocation of as many responses on the same batch:
 
@@ -33,7 +34,8 @@ METRICS = ("variance", "error", "dropped")
 
 def draw_batch(shape, n_problems, rng):
     """True pᵢ and Gᵢ of a batch."""
-    return rng.beta(*shape, n_problems), rng.lognormal(0, 0.5, n_problems)
+    p_P = rng.beta(*shape, n_problems)
+    return p_P, (1 - p_P) * rng.lognormal(0, 0.2, n_problems)
 
 
 def draw_pilot(p_P, G_P, n_pilots, rng):

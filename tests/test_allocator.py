@@ -253,14 +253,32 @@ def test_predicted_variance_is_eq_7_and_infinite_without_a_response():
 
 def test_a_pilot_estimate_without_prior_is_the_papers():
     p_P, G_P = estimate([0, 2, 8], [8, 8, 8], [np.nan, 1.0, 3.0], prior=0)
-    assert p_P.tolist() == [0, 0.25, 1] and G_P.tolist() == [1, 1, 3]
+    assert p_P.tolist() == [0, 0.25, 1] and G_P[1:].tolist() == [1, 3]
+    assert weights(p_P, G_P)[0] == 0  # a problem that failed is dropped, whatever its norm
     p_P, G_P = estimate([0, 0], [8, 8], [np.nan, np.nan])
     assert p_P.tolist() == [0, 0] and G_P.tolist() == [1, 1]
 
 
-def test_an_unsolved_problem_has_the_norm_of_those_hardly_solved():
-    _, G_P = estimate([0, 1, 1, 4, 0], [4] * 5, [np.nan, 6.0, 8.0, 1.0, np.nan])
-    assert G_P.tolist() == [7, 6, 8, 1, 7]
+def test_an_unsolved_problem_has_the_norm_of_a_softmax_at_its_rate():
+    p_P, G_P = estimate([0, 1, 1, 4, 0], [4] * 5, [np.nan, 6.0, 8.0, 1.0, np.nan])
+    scale = (6 + 8 + 1) / (1 - p_P[1:4]).sum()
+    np.testing.assert_allclose(G_P, [scale * (1 - p_P[0]), 6, 8, 1, scale * (1 - p_P[4])])
+
+
+@pytest.mark.parametrize("n_pilots", [1, 2, 4])
+def test_one_pilot_is_enough_to_find_the_few_unsolved_problems(n_pilots):
+    rng = np.random.default_rng(0)
+    true_P = np.where(np.arange(64) < 60, 0.99, 0.05)
+    accepted_P = rng.binomial(n_pilots, true_P)
+    assert not accepted_P[60:].any()
+    p_P, G_P = estimate(accepted_P, [n_pilots] * 64, (1 - true_P) * rng.lognormal(0, 0.5, 64))
+    count_P = allocate(p_P, G_P, 4 * 64 + 64 * n_pilots, minimum=n_pilots)
+    assert count_P[60:].min() > 5 * np.median(count_P)
+
+
+def test_an_estimate_stays_finite_where_all_pilots_but_one_problems_are_accepted():
+    p_P, G_P = estimate([0, 8, 8], [8] * 3, [np.nan, 1e-3, 1e-3], prior=0)
+    assert p_P.tolist() == [0, 1, 1] and np.isfinite(G_P).all()
 
 
 def test_a_prior_pulls_towards_the_rate_of_the_batch():
@@ -303,7 +321,8 @@ def test_a_reused_pilot_beats_uniform_at_equal_cost_and_a_discarded_one_does_not
     options = {"per_problem": per_problem, "batches": 10}
     reused, _ = simulate(SHAPES[name], 1, n_pilots, reuse=True, **options)
     discarded, _ = simulate(SHAPES[name], 1, n_pilots, reuse=False, **options)
-    assert reused[0] < 0.95 and discarded[0] > 1.3
+    assert reused[0] < min(0.95, 0.8 * discarded[0])
+    assert (discarded[0] > 1.3) == (name != "easy (3, 0.6)")  # sure problems have small gradients
 
 
 def test_a_million_problems_take_at_most_half_a_cpu_second():
