@@ -233,7 +233,8 @@ def main(cfg):
     cfg = Config(**vars(cfg) | {"steps": steps, "seeds": seeds})
     arms = ARMS | (ABLATION if cfg.ablation else {}) | (BUDGETS if cfg.budgets else {})
     arms = {arm: value for arm, value in arms.items() if cfg.only in arm or arm == "raft"}
-    name = f"{steps}x{cfg.problems_per_step}-lr-{cfg.learning_rate:g}-{cfg.baseline_rate:g}-every-{cfg.eval_every}"
+    rates = f"{cfg.learning_rate:g}-{cfg.baseline_rate:g}"
+    name = f"{steps}x{cfg.problems_per_step}-lr-{rates}-every-{cfg.eval_every}"
     place = cfg.folder / (name + re.sub(r"[^\w.]+", "-", cfg.extra))
     folders = {
         (arm, s): place / f"{arm}-{s}".replace(" ", "-") for s in range(seeds) for arm in arms
