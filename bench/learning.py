@@ -85,6 +85,7 @@ class Config:
     learning_rate: float = 3e-4  # of AdamW
     baseline_rate: float = 0.0  # of raft and grpo, if theirs is another one
     eval_every: int = 2  # steps between evaluations, of one response per held-out problem
+    pilots: int = 2  # N' of the arms that have pilots and do not name another number
     extra: str = ""  # more settings of the scripts for every run, as in --extra="--model runs/warm"
     jobs: int = os.cpu_count() or 1  # runs at a time, of one thread each
     folder: Path = ROOT / "runs" / "learning"  # of the run folders
@@ -105,6 +106,8 @@ def run(command, seed, folder, cfg):
     is_baseline = command in (ARMS["raft"][0], ARMS["grpo"][0])
     rate = (is_baseline and cfg.baseline_rate) or cfg.learning_rate
     settings += f"--steps {cfg.steps} --learning-rate {rate} --seed {seed}".split()
+    if script != "raft.py" and "--pilot-samples" not in settings:
+        settings += ["--pilot-samples", str(cfg.pilots)]
     settings += f"--problems-per-step {cfg.problems_per_step} --eval-samples 1".split()
     settings += f"--eval-every {cfg.eval_every} --save-every 100000 {cfg.extra}".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -234,7 +237,7 @@ def main(cfg):
     arms = ARMS | (ABLATION if cfg.ablation else {}) | (BUDGETS if cfg.budgets else {})
     arms = {arm: value for arm, value in arms.items() if cfg.only in arm or arm == "raft"}
     rates = f"{cfg.learning_rate:g}-{cfg.baseline_rate:g}"
-    name = f"{steps}x{cfg.problems_per_step}-lr-{rates}-every-{cfg.eval_every}"
+    name = f"{steps}x{cfg.problems_per_step}-lr-{rates}-pilots-{cfg.pilots}-every-{cfg.eval_every}"
     place = cfg.folder / (name + re.sub(r"[^\w.]+", "-", cfg.extra))
     folders = {
         (arm, s): place / f"{arm}-{s}".replace(" ", "-") for s in range(seeds) for arm in arms

@@ -12,14 +12,21 @@ true pᵢ and Gᵢ, relative to the uniform allocation of as many responses on t
     dropped   share of the problems that get nothing
 
 Run: python bench/pilot.py   (about a minute on one core; 100 batches, ± standard error over them)
+     python bench/pilot.py --law tiny runs/solved   (half a minute; folders with model, test.jsonl)
 """
 
 import sys
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
+import tyro
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gvm_raft
 from allocator import allocate, estimate, predicted_variance, uniform, weights
 
 SHAPES = {  # parameters of Beta; the first has mean 0.32 and 18% below 0.05
@@ -28,8 +35,15 @@ SHAPES = {  # parameters of Beta; the first has mean 0.32 and 18% below 0.05
     "hard (0.3, 3)": (0.3, 3.0),
     "easy (3, 0.6)": (3.0, 0.6),
 }
-PILOTS = (2, 4, 8, 16)
+PILOTS = (1, 2, 4, 8, 16)
 METRICS = ("variance", "error", "dropped")
+EDGES = (0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95, 0.99, 1.01)  # of the classes of --law
+
+
+@dataclass(frozen=True)
+class Config:
+    law: tuple[Path, ...] = ()  # instead, tabulate Gᵢ against pᵢ for the model in each folder
+    problems: int = 400  # of --law, with 64 responses each
 
 
 def draw_batch(shape, n_problems, rng):
@@ -147,8 +161,44 @@ def cost_table(per_problem):
     table(title, header, lines)
 
 
-if __name__ == "__main__":
+@torch.no_grad()
+def law(folder, n_problems):
+    """How the RMS norm of at most 16 accepted responses goes with the acceptance rate."""
+    cfg = gvm_raft.Config(model=str(folder / "model"), problems=str(folder / "test.jsonl"))
+    tokenizer, device = AutoTokenizer.from_pretrained(cfg.model), torch.device("cpu")
+    problems = gvm_raft.load_problems(cfg.problems, tokenizer, cfg)[:n_problems]
+    sampler = gvm_raft.TorchSampler(cfg, tokenizer, device)
+    policy = gvm_raft.load_policy(cfg, device)
+    progress, counts = {"step": 0, "responses": 0, "tokens": 0}, [64] * len(problems)
+    response_PS = gvm_raft.sample(problems, counts, sampler, progress, cfg)
+    accept_P = np.array([np.mean([r.reward for r in response_S]) for response_S in response_PS])
+    norm_P = np.full(len(problems), np.nan)
+    for p in np.flatnonzero(accept_P):
+        accepted = [r for r in response_PS[p] if r.reward][:16]
+        norm_B = policy(accepted, gvm_raft.head_grad_norms, cfg.temperature)
+        norm_P[p] = norm_B.square().mean().sqrt()
+    lines = []
+    for low, high in pairwise(EDGES):
+        here_P = (accept_P >= low) & (accept_P < high) & (accept_P > 0)
+        if here_P.any():
+            p, G, spread = accept_P[here_P].mean(), norm_P[here_P].mean(), norm_P[here_P].std()
+            ratio = f"{G / (1 - p):.1f}" if high < 0.99 else "-"
+            lines.append([f"{p:.3f}", f"{here_P.sum()}", f"{G:.2f} ± {spread:.2f}", ratio])
+    header = ["accept rate", "problems", "G, ± standard deviation", "G / (1 - p)"]
+    table(f"**{folder}**: gradient norm against accept rate", header, lines)
+
+
+def main(cfg):
+    if cfg.law:
+        gvm_raft.start_processes(gvm_raft.Config())
+        for folder in cfg.law:
+            law(folder, cfg.problems)
+        return
     estimator_tables()
     cost_table(8)
     cost_table(16)
     cost_table(32)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
