@@ -106,11 +106,11 @@ def fill_bank(cfg):
     return Bank(reward_PS, row_PS, *map(np.array, zip(*grads)))
 
 
-def pilot_rule(pilots, *, reuse=True, prior=1.0, norm="head", paid=True, spread=False, mean=False):
+def pilot_rule(pilots, *, reuse=True, prior=1.0, norm="head", paid=True, spread=False, most=None):
     """The E-step from pilots: a function of (bank, rng) to counts and pilot columns [P, N'].
 
-    spread: nᵢ ∝ √(pᵢ(1-pᵢ)), the spread of the rewards, instead of Prop. 1. mean: a problem
-    without an accepted pilot takes the mean Ĝ of all others, not of those with fewest accepted.
+    spread: nᵢ ∝ √(pᵢ(1-pᵢ)), the spread of the rewards, instead of Prop. 1. most: a problem without
+    an accepted pilot takes the mean Ĝ of those with up to so many, not estimate's share of 1 - p̂ᵢ.
     """
 
     def rule(bank, rng):
@@ -123,8 +123,9 @@ def pilot_rule(pilots, *, reuse=True, prior=1.0, norm="head", paid=True, spread=
         norm_P = np.sqrt((norm_PS**2 * reward_PS).sum(1) / np.maximum(accepted_P, 1))
         budget = EACH * m - (0 if reuse or not paid else pilots * m)
         rates = estimate(accepted_P, pilots, norm_P, prior)
-        if mean and accepted_P.any():
-            rates = rates[0], np.where(accepted_P > 0, norm_P, norm_P[accepted_P > 0].mean())
+        few_P = (accepted_P > 0) & (accepted_P <= (most or 0))
+        if few_P.any():
+            rates = rates[0], np.where(accepted_P > 0, norm_P, norm_P[few_P].mean())
         if spread:
             rates = np.ones(m), np.sqrt(rates[0] * (1 - rates[0]))
         count_P = allocate(*rates, budget, minimum=pilots if reuse else 0)
@@ -175,11 +176,14 @@ RULES = {
     "4 pilots, re-used, prior 0": pilot_rule(4, prior=0),
     "4 pilots, re-used, prior 1, G = 1": pilot_rule(4, norm="one"),
     "4 pilots, re-used, prior 1, full G": pilot_rule(4, norm="full"),
-    "4 pilots, re-used, prior 1, mean G if unsolved": pilot_rule(4, mean=True),
-    "2 pilots, re-used, prior 1, mean G if unsolved": pilot_rule(2, mean=True),
+    "4 pilots, re-used, prior 1, unsolved as hard ones": pilot_rule(4, most=1),
+    "2 pilots, re-used, prior 1, unsolved as hard ones": pilot_rule(2, most=1),
+    "1 pilot, re-used, prior 1, unsolved as all others": pilot_rule(1, most=1),
+    "1 pilot, re-used, prior 1 (default)": pilot_rule(1),
+    "1 pilot, re-used, prior 0.3": pilot_rule(1, prior=0.3),
     "4 pilots, thrown away, prior 1": pilot_rule(4, reuse=False),
     "4 pilots, thrown away, prior 0": pilot_rule(4, reuse=False, prior=0),
-    "2 pilots, re-used, prior 1 (default)": pilot_rule(2),
+    "2 pilots, re-used, prior 1": pilot_rule(2),
     "2 pilots, re-used, prior 0": pilot_rule(2, prior=0),
     "2 pilots, thrown away, prior 1": pilot_rule(2, reuse=False),
     "2 pilots, thrown away, prior 0": pilot_rule(2, reuse=False, prior=0),
