@@ -69,7 +69,7 @@ class Config:
     steps: int = 10  # pairs of E-step and M-step; 0 only evaluates
     problems_per_step: int = 64  # m, the batch of Algorithm 1
     samples_per_problem: int = 8  # mean responses per problem, pilots included: N = this times m
-    pilot_samples: int = 2  # N' of Algorithm 2; 0: no pilot, the same n_i for every problem
+    pilot_samples: int = 1  # N' of Algorithm 2; 0: no pilot, the same n_i for every problem
     reuse_pilot: bool = True  # pilots are training responses; if not, N more are drawn (the paper)
     prior: float = 1.0  # strength of the prior on p_i, in responses; 0 is the paper's estimate
     alpha: float = 1e-3  # α of Eq. 7: keeps n_i bounded as p_i goes to 0

@@ -45,7 +45,8 @@ ARMS = {  # arm: command line, the baseline it is compared with
     "grpo": ("gvm_grpo.py --pilot-samples 0", "grpo"),
     "gvm_grpo": ("gvm_grpo.py", "grpo"),
 }
-ABLATION = {  # gvm_raft's defaults are 2 pilots, re-used, prior 1, weighting algorithm1, 4 updates
+ABLATION = {  # gvm_raft's defaults are 1 pilot, re-used, prior 1, weighting algorithm1, 4 updates
+    "gvm_raft, 2 pilots": ("gvm_raft.py --pilot-samples 2", "raft"),
     "gvm_raft, 4 pilots": ("gvm_raft.py --pilot-samples 4", "raft"),
     "gvm_raft, prior 0": ("gvm_raft.py --prior 0", "raft"),
     "gvm_raft, pilots thrown away": ("gvm_raft.py --no-reuse-pilot", "raft"),
@@ -83,9 +84,7 @@ class Config:
     steps: int = 12  # E-steps and M-steps
     problems_per_step: int = 16  # m; with many, the learning rate sets the pace, and not the noise
     learning_rate: float = 3e-4  # of AdamW
-    baseline_rate: float = 0.0  # of raft and grpo, if theirs is another one
     eval_every: int = 2  # steps between evaluations, of one response per held-out problem
-    pilots: int = 2  # N' of the arms that have pilots and do not name another number
     extra: str = ""  # more settings of the scripts for every run, as in --extra="--model runs/warm"
     jobs: int = os.cpu_count() or 1  # runs at a time, of one thread each
     folder: Path = ROOT / "runs" / "learning"  # of the run folders
@@ -103,11 +102,7 @@ def run(command, seed, folder, cfg):
     """Trains one arm with one seed, from the start."""
     shutil.rmtree(folder, ignore_errors=True)
     script, *settings = command.split()
-    is_baseline = command in (ARMS["raft"][0], ARMS["grpo"][0])
-    rate = (is_baseline and cfg.baseline_rate) or cfg.learning_rate
-    settings += f"--steps {cfg.steps} --learning-rate {rate} --seed {seed}".split()
-    if script != "raft.py" and "--pilot-samples" not in settings:
-        settings += ["--pilot-samples", str(cfg.pilots)]
+    settings += f"--steps {cfg.steps} --learning-rate {cfg.learning_rate} --seed {seed}".split()
     settings += f"--problems-per-step {cfg.problems_per_step} --eval-samples 1".split()
     settings += f"--eval-every {cfg.eval_every} --save-every 100000 {cfg.extra}".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -236,8 +231,7 @@ def main(cfg):
     cfg = Config(**vars(cfg) | {"steps": steps, "seeds": seeds})
     arms = ARMS | (ABLATION if cfg.ablation else {}) | (BUDGETS if cfg.budgets else {})
     arms = {arm: value for arm, value in arms.items() if cfg.only in arm or arm == "raft"}
-    rates = f"{cfg.learning_rate:g}-{cfg.baseline_rate:g}"
-    name = f"{steps}x{cfg.problems_per_step}-lr-{rates}-pilots-{cfg.pilots}-every-{cfg.eval_every}"
+    name = f"{steps}x{cfg.problems_per_step}-lr-{cfg.learning_rate:g}-every-{cfg.eval_every}"
     place = cfg.folder / (name + re.sub(r"[^\w.]+", "-", cfg.extra))
     folders = {
         (arm, s): place / f"{arm}-{s}".replace(" ", "-") for s in range(seeds) for arm in arms

@@ -21,7 +21,7 @@ the nine, so that nearly all of a uniform budget is spent on what is solved. The
 many problems of each rare symbol as of the nine together: its accuracy shows what is still missing.
 
 python bench/skills.py --solved 0.97 --train 960 --out runs/solved, then
-python bench/learning.py --folder runs/learning-solved --out bench/solved.png --pilots 1 \
+python bench/learning.py --folder runs/learning-solved --out bench/solved.png \
     --steps 104 --problems-per-step 120 --learning-rate 4.5e-4 --eval-every 4 \
     --extra="--samples-per-problem 2 --tokens-per-batch 16384 --model runs/solved/model \
     --problems runs/solved/train.jsonl --eval-problems runs/solved/test.jsonl"
@@ -128,8 +128,9 @@ def main(cfg):
     """Makes the model and its problems with the functions of tiny/make.py, but these."""
     if not 0 < cfg.train <= 16_000:
         sys.exit(f"skills.py: --train must be between 1 and 16000, not {cfg.train}")
-    if not 0 <= cfg.solved <= 1:
-        sys.exit(f"skills.py: --solved is a share between 0 and 1, not {cfg.solved}")
+    for rate in (cfg.solved, *cfg.rare):
+        if not 0 <= rate <= 1:
+            sys.exit(f"skills.py: --solved and --rare are between 0 and 1, not {rate}")
     make.make_problem, make.solve, make.demonstrations = make_problem, solve, demonstrations
     make.TRAIN, make.UPDATES, make.BATCH = cfg.train, 2600, 48
     if cfg.solved:

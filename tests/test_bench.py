@@ -56,6 +56,19 @@ def test_plot_refuses_what_is_no_run_folder_in_one_sentence(tmp_path, flaw, monk
     assert not (tmp_path / "runs.png").exists()
 
 
+def test_the_nearly_solved_set_keeps_its_shares_and_its_test_problems_apart(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import skills
+
+    cfg = skills.Config(solved=0.95, train=200)
+    train, test = skills.make_nearly_solved(cfg)
+    assert (train, test) == skills.make_nearly_solved(cfg)
+    assert len({*train, *test}) == 200 + 400
+    rare = list(skills.MEANING)[9:]
+    assert sum(problem[1] in rare for problem in train) == 10
+    assert [sum(problem[1] == symbol for problem in test) for symbol in rare] == [100] * 3
+
+
 @pytest.mark.slow
 def test_step_reports_every_phase():
     small = {"--repeats": 1, "--responses": 16, "--max-new-tokens": 16}
