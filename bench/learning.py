@@ -7,7 +7,7 @@ all responses drawn for training (pilots counted), their tokens, and wall-clock 
 
 A mean curve joins the means over seeds, of both axes, of the evaluations. What an arm needs to a
 level is where its mean curve first crosses it, linear in between. Levels are the start plus 50%,
-80% and 95% of what RAFT gains in the run. The ratio is the baseline's need over the arm's: above 1
+80% and 95% of what RAFT (or --gain-of) gains in the run. The ratio is the baseline's need over the arm's: above 1
 the arm is faster. Intervals: 95%, 2,000 bootstraps over seeds, the same seeds for arm and baseline.
 
 Run: python bench/learning.py [--seeds 10] [--ablation] [--budgets]   (10 seconds a run on a core)
@@ -67,7 +67,7 @@ BUDGETS = {
     "remembered responses": ("bench/budgets.py --budget responses", "raft"),
 }
 AXES = ("responses", "tokens", "seconds")
-LEVELS = (0.5, 0.8, 0.95)  # of RAFT's gain
+LEVELS = (0.5, 0.8, 0.95)  # of the gain of --gain-of
 STYLES = {"raft": "#0072B2", "gvm_raft": "#D55E00", "grpo": "#CC79A7", "gvm_grpo": "#009E73"}
 STYLES |= {"rounds": "#000000", "remembered pilots": "#E69F00", "remembered responses": "#56B4E9"}
 
@@ -85,6 +85,7 @@ class Config:
     problems_per_step: int = 16  # m; with many, the learning rate sets the pace, and not the noise
     learning_rate: float = 3e-4  # of AdamW
     eval_every: int = 2  # steps between evaluations, of one response per held-out problem
+    gain_of: str = "raft"  # the arm whose gain sets the levels
     extra: str = ""  # more settings of the scripts for every run, as in --extra="--model runs/warm"
     jobs: int = os.cpu_count() or 1  # runs at a time, of one thread each
     folder: Path = ROOT / "runs" / "learning"  # of the run folders
@@ -148,13 +149,13 @@ def measures(curves, arm, baseline, levels):
         return np.array([last, mean, *gaps, *needs.ravel(), *(base_needs / needs).ravel()])
 
 
-def compare(runs, arms, seeds, draws=2000):
+def compare(runs, arms, cfg, draws=2000):
     """{arm: (measures, low, high)} of the mean curves, bootstrapped over seeds."""
     rng, samples = np.random.default_rng(0), {arm: [] for arm in arms}
     for draw in range(draws + 1):
-        pick = rng.integers(seeds, size=seeds) if draw else np.arange(seeds)
+        pick = rng.integers(cfg.seeds, size=cfg.seeds) if draw else np.arange(cfg.seeds)
         curves = {arm: runs[arm][pick].mean(0) for arm in runs}
-        start, end = curves["raft"][-1][[0, -1]]
+        start, end = curves[cfg.gain_of][-1][[0, -1]]
         levels = [start + share * (end - start) for share in LEVELS]
         for arm in arms:
             samples[arm].append(measures(curves, arm, (ARMS | ABLATION | BUDGETS)[arm][1], levels))
@@ -165,9 +166,9 @@ def compare(runs, arms, seeds, draws=2000):
     }
 
 
-def report(runs, arms, seeds):
+def report(runs, arms, cfg):
     """The markdown tables."""
-    results = compare(runs, arms, seeds)
+    results = compare(runs, arms, cfg)
 
     def cell(arm, k, form, interval=True):
         value, low, high = results[arm][:, k]
@@ -184,7 +185,7 @@ def report(runs, arms, seeds):
     totals = {arm: [f"{x:,.0f}" for x in runs[arm].mean(0)[:3, -1]] for arm in arms}
     forms = [(0, ".3f", False), (2, "+.3f"), (1, ".3f", False), (3, "+.3f")]
     rows = [[arm, *(cell(arm, *form) for form in forms), *totals[arm]] for arm in arms]
-    table(f"**Accuracy**, {seeds} seeds; differences to the baseline", header, rows)
+    table(f"**Accuracy**, {cfg.seeds} seeds; differences to the baseline", header, rows)
     for a, axis in enumerate(AXES):
         heads = [(f"to {100 * level:.0f}%", "ratio") for level in LEVELS]
         cells = {
@@ -196,7 +197,7 @@ def report(runs, arms, seeds):
         }
         rows = [[arm, *chain(*cells[arm])] for arm in arms]
         header = ["arm", *chain(*heads)]
-        table(f"**Needed to reach a share of RAFT's gain**, in {axis}", header, rows)
+        table(f"**Needed to reach a share of the gain of {cfg.gain_of}**, in {axis}", header, rows)
 
 
 def draw(runs, arms, out):
@@ -245,7 +246,7 @@ def main(cfg):
     finally:
         pool.shutdown(cancel_futures=True)  # one run failed: start no others
     runs = {arm: np.array([read(folders[arm, s]) for s in range(seeds)]) for arm in arms}
-    report(runs, [arm for arm in arms if arms[arm][1] in runs], seeds)
+    report(runs, [arm for arm in arms if arms[arm][1] in runs], cfg)
     if not cfg.only:
         draw(runs, [arm for arm in STYLES if arm in runs], cfg.out)
 
