@@ -7,8 +7,9 @@ all responses drawn for training (pilots counted), their tokens, and wall-clock 
 
 A mean curve joins the means over seeds, of both axes, of the evaluations. What an arm needs to a
 level is where its mean curve first crosses it, linear in between. Levels are the start plus 50%,
-80% and 95% of what RAFT (or --gain-of) gains in the run. The ratio is the baseline's need over the arm's: above 1
-the arm is faster. Intervals: 95%, 2,000 bootstraps over seeds, the same seeds for arm and baseline.
+80% and 95% of what RAFT (or --gain-of) gains in the run. The ratio is the baseline's need over the
+arm's: above 1 the arm is faster. Intervals: 95%, 2,000 bootstraps over seeds, the same seeds for
+arm and baseline.
 
 Run: python bench/learning.py [--seeds 10] [--ablation] [--budgets]   (10 seconds a run on a core)
      python bench/learning.py --quick                     (two minutes on two cores, says little)
@@ -31,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -85,7 +87,7 @@ class Config:
     problems_per_step: int = 16  # m; with many, the learning rate sets the pace, and not the noise
     learning_rate: float = 3e-4  # of AdamW
     eval_every: int = 2  # steps between evaluations, of one response per held-out problem
-    gain_of: str = "raft"  # the arm whose gain sets the levels
+    gain_of: Literal["raft", "grpo"] = "raft"  # the arm whose gain sets the levels
     extra: str = ""  # more settings of the scripts for every run, as in --extra="--model runs/warm"
     jobs: int = os.cpu_count() or 1  # runs at a time, of one thread each
     folder: Path = ROOT / "runs" / "learning"  # of the run folders
