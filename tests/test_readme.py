@@ -47,7 +47,7 @@ def test_the_line_counts_are_right(script):
 def test_every_flag_it_mentions_exists():
     flags = {name.replace("_", "-") for name in (field.name for field in fields(gvm_raft.Config))}
     others = {"standalone", "nproc-per-node", "response", "gold", "nnodes", "node-rank"}
-    others |= {"rdzv-backend", "rdzv-endpoint", "no-reuse-pilot", "seeds", "out"}
+    others |= {"rdzv-backend", "rdzv-endpoint", "no-reuse-pilot", "seeds", "out", "solved"}
     assert set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)) <= flags | others
 
 
