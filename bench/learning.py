@@ -233,7 +233,8 @@ def main(cfg):
     steps, seeds = (8, 2) if cfg.quick else (cfg.steps, cfg.seeds)
     cfg = Config(**vars(cfg) | {"steps": steps, "seeds": seeds})
     arms = ARMS | (ABLATION if cfg.ablation else {}) | (BUDGETS if cfg.budgets else {})
-    arms = {arm: value for arm, value in arms.items() if cfg.only in arm or arm == "raft"}
+    needed = ("raft", cfg.gain_of)
+    arms = {arm: value for arm, value in arms.items() if cfg.only in arm or arm in needed}
     name = f"{steps}x{cfg.problems_per_step}-lr-{cfg.learning_rate:g}-every-{cfg.eval_every}"
     place = cfg.folder / (name + re.sub(r"[^\w.]+", "-", cfg.extra))
     folders = {

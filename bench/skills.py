@@ -25,6 +25,7 @@ python bench/learning.py --folder runs/learning-solved --out bench/solved.png \
     --steps 104 --problems-per-step 120 --learning-rate 4.5e-4 --eval-every 4 \
     --extra="--samples-per-problem 2 --tokens-per-batch 16384 --model runs/solved/model \
     --problems runs/solved/train.jsonl --eval-problems runs/solved/test.jsonl"
+                                                                       (35 minutes on two cores)
 """
 
 import random
