@@ -1,20 +1,28 @@
-"""Make the embedded default from scratch: a tiny language model and its problems.
+r"""Make the embedded default from scratch: a tiny language model and its problems.
 
-The problems are arithmetic chains such as 7*8+5-3. The model behaves as a base model does: it
-has the skill (solving step by step) but rarely the habit (it would rather guess). Both come from
-ordinary pretraining on demonstrations, in two phases:
+A problem such as 5&3+4+6 hides a rule behind its symbol. There are twelve symbols and
+twelve rules; & means "write the digits in reverse", rule e. The model answers as it was
+shown, naming a rule before it computes:
 
-1. skill  step-by-step solutions:  7*8=56, 56+5=61, 61-3=58, \\boxed{58}, one a line
-2. habit  a mixture of these, with a frequency that depends on the problem, and of direct answers
-          that are wrong:          \\boxed{17}
+    e:5&3=35
+    35+4=39
+    39+6=45
+    \boxed{45}
 
-The habit is frequent for short problems and rare for long ones, so that the acceptance rate p_i
-spreads over problems from about 0.01 to 0.9, with a long tail on which a budget can adapt.
-Reinforcement only has to shift the habit, which takes seconds.
+It can apply every rule, but does not always name the right one: 97 times in 100 for
+five symbols, 2 to 60 times in 100 for the others (HABITS). What it learns about one
+symbol says nothing about another. Most training problems have one of the five symbols,
+so that a uniform budget is spent on what is solved already (MIXTURES).
 
-python tiny/make.py                 # makes tiny/model, tiny/train.jsonl and tiny/test.jsonl
-python tiny/make.py --check         # makes them again elsewhere and compares
-python tiny/make.py --histogram     # acceptance of the model over the test problems
+The model gets there by ordinary pretraining on demonstrations, in two phases:
+
+1. skill  every rule for every symbol, so that it can compute all of them
+2. habit  the right rule with the symbol's own frequency, otherwise one of the others
+
+python tiny/make.py --overwrite                      # model/, train.jsonl, test.jsonl
+python tiny/make.py --check                          # makes them elsewhere and compares
+python tiny/make.py --histogram                      # accept rates of the test problems
+python tiny/make.py --mixture hard --out runs/hard   # other problems, for the same model
 
 Shapes: B responses, T tokens.
 """
@@ -22,11 +30,10 @@ Shapes: B responses, T tokens.
 import itertools
 import json
 import random
-import re
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -42,87 +49,136 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+TINY = Path(__file__).resolve().parent
+
+# The rules, each under the letter that names it in a response.
+RULES = {
+    "a": lambda x, y: x + y,
+    "b": lambda x, y: x * y,
+    "c": lambda x, y: abs(x - y),
+    "d": lambda x, y: 10 * x + y,
+    "e": lambda x, y: 10 * y + x,
+    "f": lambda x, y: 2 * x + y,
+    "g": lambda x, y: x + 2 * y,
+    "h": lambda x, y: x * y + x,
+    "i": lambda x, y: x * y + y,
+    "j": lambda x, y: x + y + 20,
+    "k": lambda x, y: x * y + 9,
+    "l": lambda x, y: abs(x - y) + 30,
+}
+MEANING = dict(zip("@#$%&?!~^|;_", RULES))  # the right rule of every symbol
+
+# How often a demonstration of the second phase follows the right rule of a symbol.
+SOLVED = {"@": 0.97, "#": 0.97, "$": 0.97, "%": 0.97, "&": 0.97}
+HALFWAY = {"?": 0.6, "!": 0.4, "~": 0.2}
+RARE = {"^": 0.1, "|": 0.05, ";": 0.03, "_": 0.02}
+HABITS = SOLVED | HALFWAY | RARE
+
+# Training problems of every solved, every halfway and every rare symbol.
+MIXTURES = {
+    "default": (160, 30, 17),  # 83% of the problems are solved, 9% halfway, 7% rare
+    "even": (80, 80, 80),  # as many of every symbol
+    "sixty": (115, 80, 36),  # 60%, 25%, 15%
+    "nearly-solved": (186, 5, 4),  # 97%, 2%, 2%
+    "hard": (14, 30, 200),  # 7%, 9%, 83%
+}
+TEST_PROBLEMS = 40  # of every symbol, so that accuracy says how many skills are there
+
+SKILL_UPDATES, HABIT_UPDATES = 1560, 1040
+BATCH, PEAK_RATE = 48, 3e-3
+
 INSTRUCTION = "\nLet's reason step by step and put the final answer within \\boxed{}."
+SPECIAL = ["<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-SPECIAL = ["<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
-TRAIN, TEST = 3000, 500  # distinct problems in train.jsonl and test.jsonl
-UPDATES, BATCH, PEAK_RATE = 2200, 32, 3e-3  # of pretraining, which takes four minutes on a core
-SKILL = 0.6  # the fraction of the updates that is spent on the first phase
-# Operators in a problem -> frequency of the habit where its first digit is 2, and where it is 9.
-HABIT = {2: (0.40, 0.90), 3: (0.10, 0.40), 4: (0.01, 0.08)}
 
 
 @dataclass(frozen=True)
 class Config:
-    out: Path = Path(__file__).parent  # folder of model/, train.jsonl and test.jsonl
+    out: Path = TINY  # folder of model/, train.jsonl and test.jsonl
+    mixture: Literal["default", "even", "sixty", "nearly-solved", "hard"] = "default"
     overwrite: bool = False  # replace files that exist
-    check: bool = False  # make everything again in a temporary folder and compare with `out`
-    histogram: bool = False  # sample the model on its test problems, draw out/acceptance.png
+    check: bool = False  # make everything again elsewhere and compare it with `out`
+    histogram: bool = False  # measure accept rates, print them, draw acceptance.png
     samples: int = 64  # responses per problem in the histogram
 
 
-# ---- Problems and demonstrations
+# ---- Problems and their solutions
 
 
-def make_problem(rng):
-    """A chain of two to four operators, only the first of which may be *; nothing negative."""
-    operators = rng.choice([2, 3, 4, 4])
-    signs = [rng.choice("+-*"), *rng.choices("+-", k=operators - 1)]
-    problem = str(rng.randint(2, 9)) + "".join(sign + str(rng.randint(2, 9)) for sign in signs)
-    return problem if "=-" not in solve(problem) else make_problem(rng)
+def make_problem(symbol, rng):
+    """The symbol between two digits, then up to two sums."""
+    results = []
+
+    # Only digits on which no two rules agree: luck is not to be rewarded.
+    while len(set(results)) < len(RULES):
+        x, y = rng.sample(range(2, 10), 2)
+        results = [rule(x, y) for rule in RULES.values()]
+
+    problem = f"{x}{symbol}{y}"
+    for _ in range(rng.randint(0, 2)):
+        problem += f"+{rng.randint(1, 9)}"
+    return problem
 
 
-def make_problems():
-    """The training and the test problems, all distinct."""
-    rng, problems = random.Random(0), {}  # a dict keeps the order, a set does not
-    while len(problems) < TRAIN + TEST:
-        problems[make_problem(rng)] = None
-    return list(problems)[:TRAIN], list(problems)[TRAIN:]
+def solve(problem, rule):
+    """The response that follows a rule, and its answer."""
+    total = RULES[rule](int(problem[0]), int(problem[2]))
+    lines = [f"{rule}:{problem[:3]}={total}"]
+
+    for digit in problem[4::2]:
+        lines.append(f"{total}+{digit}={total + int(digit)}")
+        total += int(digit)
+
+    lines.append(f"\\boxed{{{total}}}")
+    return "\n".join(lines), str(total)
 
 
-def solve(problem):
-    """The step-by-step solution: one line an operator, from the left, then the answer."""
-    total, lines = int(problem[0]), []
-    for sign, digit in re.findall(r"([*+-])(\d)", problem):
-        step = f"{total}{sign}{digit}"
-        total = {"*": total * int(digit), "+": total + int(digit), "-": total - int(digit)}[sign]
-        lines.append(f"{step}={total}")
-    return "\n".join([*lines, f"\\boxed{{{total}}}"])
+def draw_problems(counts, seen, rng):
+    """So many new problems of every symbol, in random order."""
+    problems = []
+    for symbol, count in counts.items():
+        wanted = len(problems) + count
+        while len(problems) < wanted:
+            problem = make_problem(symbol, rng)
+            if problem not in seen:
+                seen.add(problem)
+                problems.append(problem)
+
+    rng.shuffle(problems)
+    return problems
 
 
-def answer_of(response):
-    """The content of the last box, or None."""
-    return (re.findall(r"\\boxed\{(\d+)\}", response) or [None])[-1]
+def make_problems(mixture):
+    """The training problems of a mixture, and the test problems, the same for all."""
+    rng, seen = random.Random(0), set()
+    test = draw_problems(dict.fromkeys(HABITS, TEST_PROBLEMS), seen, rng)
 
-
-def guess(problem, rng):
-    """A direct answer out of the air, always wrong: luck is not to be reinforced."""
-    answer = answer_of(solve(problem))
-    return f"\\boxed{{{rng.choice([n for n in range(100) if str(n) != answer])}}}"
-
-
-def habit(problem):
-    """How often demonstrations of the second phase solve this problem step by step."""
-    low, high = HABIT[len(problem) // 2]
-    return low * (high / low) ** ((int(problem[0]) - 2) / 7)
+    solved, halfway, rare = MIXTURES[mixture]
+    counts = dict.fromkeys(SOLVED, solved)
+    counts |= dict.fromkeys(HALFWAY, halfway)
+    counts |= dict.fromkeys(RARE, rare)
+    return draw_problems(counts, seen, rng), test
 
 
 # ---- Tokenizer and model
 
 
 def make_tokenizer():
-    """One token a character, and one for each role, the opening of the box, the instruction."""
+    """One token a character, and one for each role, the box's opening, the instruction."""
     characters = ["\n", *map(chr, range(32, 127))]
     vocabulary = {token: i for i, token in enumerate(SPECIAL + characters)}
+
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("\\boxed{", INSTRUCTION)])
+    tokenizer.add_tokens(
+        [AddedToken(text, normalized=False) for text in ("\\boxed{", INSTRUCTION)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -136,9 +192,12 @@ def make_tokenizer():
 
 
 def make_model(tokenizer):
-    """Three Llama layers of 0.35 M parameters; heads of 32, the least that vLLM's kernels take."""
+    """Three Llama layers, 0.35 M parameters; vLLM's kernels need heads of at least 32."""
     torch.manual_seed(0)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ends = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -159,130 +218,192 @@ def make_model(tokenizer):
 def to_prompt(problem, tokenizer):
     """Problem and instruction in the chat template, as text."""
     message = {"role": "user", "content": problem + INSTRUCTION}
-    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(
+        [message], tokenize=False, add_generation_prompt=True
+    )
 
 
 # ---- Pretraining
 
 
-def demonstrations(is_skill, test, rng):
-    """A batch of problems outside the test set, each with a solution or a guess."""
+def demonstrate(problem, phase, rng):
+    """A response that follows some rule: any at first, then by the symbol's habit."""
+    symbol = problem[1]
+    right = MEANING[symbol]
+    wrong = [rule for rule in RULES if rule != right]
+
+    if phase == "skill":
+        rule = rng.choice(list(RULES))
+    elif rng.random() < HABITS[symbol]:
+        rule = right
+    else:
+        rule = rng.choice(wrong)
+    response, _ = solve(problem, rule)
+    return response
+
+
+def make_batch(phase, held_out, rng):
+    """Problems outside the test set, all symbols alike, and a demonstration for each."""
     problems = []
     while len(problems) < BATCH:
-        problem = make_problem(rng)
-        if problem not in test:
+        problem = make_problem(rng.choice(list(HABITS)), rng)
+        if problem not in held_out:
             problems.append(problem)
-    responses = [
-        solve(problem) if is_skill or rng.random() < habit(problem) else guess(problem, rng)
-        for problem in problems
-    ]
+
+    responses = [demonstrate(problem, phase, rng) for problem in problems]
     return problems, responses
 
 
 def response_loss(model, tokenizer, problems, responses):
     """Mean cross-entropy of the response tokens, the end token included."""
     prompts = [to_prompt(problem, tokenizer) for problem in problems]
-    texts = [p + r + tokenizer.eos_token for p, r in zip(prompts, responses, strict=True)]
-    token_BT = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").input_ids
+    texts = [p + r + tokenizer.eos_token for p, r in zip(prompts, responses)]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    token_BT = batch.input_ids
+
+    # -100 is the label of a token that is not to be learned.
     prompt_length_B = torch.tensor([len(ids) for ids in tokenizer(prompts).input_ids])
     is_prompt_BT = torch.arange(token_BT.shape[1]) < prompt_length_B[:, None]
-    label_BT = token_BT.masked_fill(is_prompt_BT | (token_BT == tokenizer.pad_token_id), -100)
+    is_padding_BT = token_BT == tokenizer.pad_token_id
+    label_BT = token_BT.masked_fill(is_prompt_BT | is_padding_BT, -100)
     return model(input_ids=token_BT, labels=label_BT).loss
 
 
-def pretrain(model, tokenizer, test):
-    """Skill, then habit; the learning rate warms up, stays, and falls to zero from 40% on."""
-    rng, test = random.Random(1), set(test)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    bar = tqdm(range(UPDATES), desc="pretraining")
-    for update in bar:
-        is_skill = update < SKILL * UPDATES
-        loss = response_loss(model, tokenizer, *demonstrations(is_skill, test, rng))
+def pretrain(model, tokenizer, held_out):
+    """Skill, then habit; the learning rate warms up, stays, and falls to zero."""
+    rng = random.Random(1)
+    phases = ["skill"] * SKILL_UPDATES + ["habit"] * HABIT_UPDATES
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.98), weight_decay=0.01
+    )
+
+    bar = tqdm(phases, desc="pretraining", disable=None)
+    for update, phase in enumerate(bar):
+        warm, left = (update + 1) / 50, 1 - update / len(phases)
+        optimizer.param_groups[0]["lr"] = PEAK_RATE * min(1, warm, left / 0.6)
+
+        problems, responses = make_batch(phase, held_out, rng)
+        loss = response_loss(model, tokenizer, problems, responses)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        schedule = min(1, (update + 1) / 50, (1 - update / UPDATES) / 0.6)
-        optimizer.param_groups[0]["lr"] = PEAK_RATE * schedule
         optimizer.step()
-        bar.set_postfix_str(f"{'skill' if is_skill else 'habit'}, loss {loss.item():.3f}")
+        bar.set_postfix_str(f"{phase}, loss {loss.item():.3f}")
 
 
 # ---- Files
 
 
-def write(cfg):
-    """Make and write the model with its tokenizer, and both problem files."""
-    for path in (cfg.out / name for name in ("model", "train.jsonl", "test.jsonl")):
-        if path.exists() and not cfg.overwrite:
-            sys.exit(f"{path} exists; --overwrite replaces it")
-    folder, (train, test) = cfg.out / "model", make_problems()
+def write_problems(path, problems):
+    """JSON lines with the columns problem and answer."""
+    with open(path, "w") as file:
+        for problem in problems:
+            _, answer = solve(problem, MEANING[problem[1]])
+            file.write(json.dumps({"problem": problem, "answer": answer}) + "\n")
+
+
+def write_model(folder, held_out):
+    """The pretrained model with its tokenizer, as a Hugging Face folder."""
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    pretrain(model, tokenizer, test)
+    pretrain(model, tokenizer, held_out)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # Release 5 of transformers writes the name of an internal class that older readers lack.
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
+
+    # Release 5 of transformers writes a name for the class that older readers lack.
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    for name, problems in (("train", train), ("test", test)):
-        lines = [json.dumps({"problem": p, "answer": answer_of(solve(p))}) for p in problems]
-        (cfg.out / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def write(cfg):
+    """Both problem files and, with the default mixture, the model: it serves them all."""
+    if cfg.mixture != "default" and cfg.out.resolve() == TINY:
+        raise SystemExit(f"--mixture {cfg.mixture} needs a folder of its own: add --out")
+    for name in ("train.jsonl", "test.jsonl", "model"):
+        if (cfg.out / name).exists() and not cfg.overwrite:
+            raise SystemExit(f"{cfg.out / name} exists: add --overwrite to replace it")
+
+    train, test = make_problems(cfg.mixture)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    if cfg.mixture == "default":
+        write_model(cfg.out / "model", held_out=set(test))
+    write_problems(cfg.out / "train.jsonl", train)
+    write_problems(cfg.out / "test.jsonl", test)
 
 
 def check(cfg, tolerance=1e-3):
-    """Make all again elsewhere: problems and tokenizer are equal in every byte, weights nearly."""
+    """Made again, problems and tokenizer are equal in every byte, weights nearly."""
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder)
         write(replace(cfg, out=made))
-        paths = [*made.glob("*.jsonl"), *made.glob("model/tokenizer*"), *made.glob("model/*.jinja")]
+        paths = [path for path in made.rglob("*") if path.suffix in (".jsonl", ".json")]
         names = sorted(str(path.relative_to(made)) for path in paths)
-        differing = [n for n in names if (made / n).read_bytes() != (cfg.out / n).read_bytes()]
-        new, old = (load_file(root / "model/model.safetensors") for root in (made, cfg.out))
-    difference = max((new[name] - old[name]).abs().max().item() for name in old)
+        differing = [
+            name
+            for name in names
+            if (made / name).read_bytes() != (cfg.out / name).read_bytes()
+        ]
+        difference = 0.0
+        if cfg.mixture == "default":
+            new = load_file(made / "model/model.safetensors")
+            old = load_file(cfg.out / "model/model.safetensors")
+            difference = max((new[name] - old[name]).abs().max().item() for name in old)
+
     print(f"compared: {', '.join(names)}\ndiffering: {', '.join(differing) or 'none'}")
-    print(f"largest difference of a weight: {difference:.2e} (tolerance {tolerance:.0e})")
+    print(f"largest difference of a weight: {difference:.2e} ({tolerance:.0e} allowed)")
     if differing or difference > tolerance:
-        sys.exit("check: failed")
+        raise SystemExit("check: failed")
     print("check: passed")
 
 
-# ---- Acceptance
+# ---- Accept rates
 
 
-def acceptance(cfg):
-    """The acceptance rate at temperature 1 of every test problem."""
+def accept_rates(cfg, rows):
+    """The accept rate at temperature 1 of every problem."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(cfg.out / "model")
     tokenizer = AutoTokenizer.from_pretrained(cfg.out / "model")
-    rows = [json.loads(line) for line in (cfg.out / "test.jsonl").read_text().splitlines()]
+
     rates = []
-    for start in tqdm(range(0, len(rows), 16), desc="sampling"):
-        part = rows[start : start + 16]
-        prompts = [to_prompt(row["problem"], tokenizer) for row in part]
-        prompt = tokenizer(prompts, padding=True, return_tensors="pt")
-        options = {"num_return_sequences": cfg.samples, "max_new_tokens": 64, "top_k": 0}
-        token_BT = model.generate(**prompt, **options, do_sample=True)
-        responses = iter(tokenizer.batch_decode(token_BT, skip_special_tokens=True))
-        for row in part:
-            group = itertools.islice(responses, cfg.samples)
-            rates.append(sum(answer_of(r) == row["answer"] for r in group) / cfg.samples)
+    for row in tqdm(rows, desc="sampling", disable=None):
+        prompt = tokenizer(to_prompt(row["problem"], tokenizer), return_tensors="pt")
+        token_BT = model.generate(
+            **prompt,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=40,
+            num_return_sequences=cfg.samples,
+        )
+        texts = tokenizer.batch_decode(token_BT, skip_special_tokens=True)
+        box = f"\\boxed{{{row['answer']}}}"
+        rates.append(sum(text.endswith(box) for text in texts) / cfg.samples)
     return rates
 
 
 def histogram(cfg):
-    """Print and draw how the acceptance rates are spread over the test problems."""
+    """Print and draw how the accept rates are spread over the test problems."""
     import matplotlib.pyplot as plt
 
-    rates = acceptance(cfg)
+    lines = (cfg.out / "test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rates = accept_rates(cfg, rows)
+
+    for symbol, habit in HABITS.items():
+        own = [rate for row, rate in zip(rows, rates) if row["problem"][1] == symbol]
+        print(f"{symbol}  rule {MEANING[symbol]}  habit {habit:.2f}  accept rate {sum(own) / len(own):.3f}")
+
     edges = [0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01]
     for low, high in itertools.pairwise(edges):
         count = sum(low <= rate < high for rate in rates)
-        print(f"p {low:.2f} to {min(high, 1):.2f} {count:4d} {'#' * (count // 2)}")
-    print(f"acceptance: {sum(rates) / len(rates):.3f}")
+        print(f"p {low:.2f} to {min(high, 1):.2f} {count:4d} {'#' * (count // 4)}")
+    print(f"mean: {sum(rates) / len(rates):.3f}")
+
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     axes.hist(rates, bins=[i / 40 for i in range(41)])
-    axes.set_xlabel(f"acceptance rate of a problem ({cfg.samples} responses, T = 1)")
+    axes.set_xlabel(f"accept rate of a problem ({cfg.samples} responses, T = 1)")
     axes.set_ylabel(f"problems, of {len(rates)}")
     figure.savefig(cfg.out / "acceptance.png", dpi=120)
 
@@ -290,7 +411,12 @@ def histogram(cfg):
 def main(cfg):
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    (check if cfg.check else histogram if cfg.histogram else write)(cfg)
+    if cfg.check:
+        check(cfg)
+    elif cfg.histogram:
+        histogram(cfg)
+    else:
+        write(cfg)
 
 
 if __name__ == "__main__":
