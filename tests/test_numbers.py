@@ -397,12 +397,12 @@ def test_gradient_norms_equal_autograd_in_float64(process_group, tied, tokens):
 
 
 def test_gradient_norms_of_sure_tokens_are_good_enough_for_a_budget(process_group):
-    """1 - p loses digits in float32, but a response as sure as that has a small norm."""
+    """1 - p loses digits in float32, but then the norm is small, too."""
     gaps = []
-    for scale in (10, 30, 50, 70, 150):
+    for scale in (10, 30, 50, 100):
         model = random_model()
         model.lm_head.weight.data *= scale
-        for seed in range(6):
+        for seed in range(8):
             response = likeliest(model, random_response(np.random.default_rng(seed)))
             exact = copy.deepcopy(model).double()
             gap = 1 - logprobs(exact, response).exp().min().item()
@@ -412,7 +412,7 @@ def test_gradient_norms_of_sure_tokens_are_good_enough_for_a_budget(process_grou
             if gap > 1e-4:
                 assert norm == pytest.approx(expected, rel=4e-3)
             gaps.append(gap)
-    assert sum(gap < 4e-4 for gap in gaps) > 5 < sum(gap > 4e-4 for gap in gaps)
+    assert min(gaps) < 1e-5 and np.median(gaps) > 1e-4  # sure ones and others
 
 
 def likeliest(model, response):
