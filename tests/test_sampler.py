@@ -79,7 +79,7 @@ def test_log_probabilities_equal_a_full_forward_pass(
 ):
     prompts = [problems[i].prompt_ids for i in (0, 0, 59, 30, 30, 30, 40, 0)]
     prompts += [problems[59].prompt_ids[:1], problems[59].prompt_ids[:6]]
-    assert len(set(map(len, prompts))) > 3
+    assert len(set(map(len, prompts))) > 2
     for response in draw(prompts, range(10), temperature=temperature):
         ids = response.token_ids
         whole_TV = logprobs(sampler, response.prompt_ids + ids, temperature)
@@ -127,8 +127,8 @@ def test_responses_stop_at_the_end_token_or_are_truncated(draw, sampler, problem
 def test_each_of_several_end_tokens_stops_it(tmp_path, tokenizer, problems):
     shutil.copytree(CONFIG.model, tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"
-    equals = tokenizer.convert_tokens_to_ids("=")
-    ends = [tokenizer.eos_token_id, equals]
+    (seven,) = tokenizer.encode("7")  # some responses have none
+    ends = [tokenizer.eos_token_id, seven]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": ends}))
     cfg = Config(model=str(tmp_path / "model"))
     sampler = gvm_raft.TorchSampler(cfg, tokenizer, CPU)
@@ -136,7 +136,7 @@ def test_each_of_several_end_tokens_stops_it(tmp_path, tokenizer, problems):
     sampler.draw(drawn)
     last = Counter(ids[-1] for ids in tokens(drawn))
     assert set(last) == set(ends)
-    assert all(equals not in ids[:-1] for ids in tokens(drawn))
+    assert all(seven not in ids[:-1] for ids in tokens(drawn))
 
 
 def test_at_temperature_almost_zero_it_agrees_with_generate(draw, sampler, problems):
@@ -188,8 +188,8 @@ def test_more_responses_than_fit_are_drawn_in_turns(draw, problems):
 
 def test_responses_depend_on_their_seed_only(draw, problems):
     prompts = [problems[3].prompt_ids] * 4
-    first = tokens(draw(prompts, [1, 2, 3, 2], temperature=2.0))
-    second = tokens(draw(prompts, [3, 2, 1, 7], temperature=2.0))
+    first = tokens(draw(prompts, [1, 2, 3, 2], temperature=9.0))
+    second = tokens(draw(prompts, [3, 2, 1, 7], temperature=9.0))
     assert first[:3] == second[2::-1] and first[1] == first[3]
     assert len(set(map(tuple, first + second))) == 4
 
