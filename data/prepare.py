@@ -67,14 +67,12 @@ def main(cfg):
             left_out[reason] += 1
 
     reasons = [f"; {count} left out: {why}" for why, count in left_out.most_common(9)]
-    report = f"{number} rows read, {len(problems)} kept{''.join(reasons)}"
+    report = f"{cfg.source}: {number} rows read, {len(problems)} kept{''.join(reasons)}"
 
     # Rows of one problem stay together: none is both trained on and held out.
     texts = sorted({row["problem"] for row in problems})
     if not 0 <= cfg.hold_out < len(texts):
-        raise SystemExit(
-            f"{cfg.source}: --hold-out {cfg.hold_out} leaves none; {report}"
-        )
+        raise SystemExit(f"--hold-out {cfg.hold_out} leaves no problem: {report}")
     chosen = set(random.Random(cfg.seed).sample(texts, cfg.hold_out))
     files = {cfg.out: [row for row in problems if row["problem"] not in chosen]}
     if cfg.hold_out:

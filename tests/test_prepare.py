@@ -293,7 +293,7 @@ def test_the_summary_says_how_many_rows_came_and_went_and_why(made, tmp_path):
     problems, report = printed.splitlines()
     assert problems == f"{tmp_path / 'out.jsonl'}: 10 problems"
     counts, *reasons = report.split("; ")
-    assert counts == "14 rows read, 10 kept"
+    assert counts == f"{tmp_path / 'rows.jsonl'}: 14 rows read, 10 kept"
     for reason, start in zip(
         reasons, ("2 left out: 'proof'", "1 left out: 'notf", "1 left out: ")
     ):
