@@ -9,13 +9,13 @@ from pathlib import Path
 import datasets
 import pandas as pd
 import pytest
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "data"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 import prepare
 
 from verify_math import gold_answer
 
+ROOT = Path(__file__).resolve().parent.parent
 SHARED = sorted((ROOT.parent / "shared" / "data").glob("[!v]*.jsonl"))
 ROWS = [{"problem": f"1+{i}", "answer": str(1 + i)} for i in range(10)]
 
@@ -41,20 +41,19 @@ def refused(tmp_path, made):
     def refused(source, **settings):
         if not isinstance(source, str):
             source = save(tmp_path / "rows.jsonl", source)
-        before = {
-            path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()
-        }
+        before = contents(tmp_path)
         with pytest.raises(SystemExit) as stop:
             made(source, **settings)
-        after = {
-            path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()
-        }
-        assert after == before
+        assert contents(tmp_path) == before
         sentence = str(stop.value)
         assert sentence.count("\n") == 0 and len(sentence) < 400
         return sentence
 
     return refused
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.iterdir()}
 
 
 def rows(path):
@@ -134,6 +133,31 @@ def test_a_hub_set_that_fails_is_refused_with_the_reason_of_the_library(
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     sentence = refused("openai/gsm8k")
     assert "openai/gsm8k" in sentence and "['main', 'socratic']" in sentence
+
+
+README = """---
+configs:
+- config_name: main
+  data_files: [{split: train, path: a.jsonl}, {split: test, path: b.jsonl}]
+- config_name: socratic
+  data_files: c.jsonl
+---
+"""
+
+
+def test_the_library_itself_finds_configuration_and_split(made, refused, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "README.md").write_text(README)
+    for name in "abc":
+        save(folder / f"{name}.jsonl", [{"problem": name, "answer": "1"}])
+    assert "['main', 'socratic']" in refused(str(folder))
+    assert "validation" in refused(f"{folder}:main:validation")
+
+    sources = {"main:train": "a", "main:test": "b", "socratic:train": "c"}
+    for source, name in sources.items():
+        problems, _ = made(f"{folder}:{source}", overwrite=True)
+        assert problems == [{"problem": name, "answer": "1"}]
 
 
 def test_csv_stays_text(made, tmp_path):
@@ -422,21 +446,13 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 def test_the_command_line_makes_a_file_of_a_file(tmp_path):
     table = "question,result\n1+1,It is 2. #### 2\n1+2,\n"
     source, out = save(tmp_path / "rows.csv.gz", table), tmp_path / "out.jsonl"
-    columns = ["--problem-column", "question", "--answer-column", "result"]
-    command = [
-        sys.executable,
-        ROOT / "data" / "prepare.py",
-        source,
-        "--out",
-        out,
-        *columns,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "row 2" in done.stderr and not out.exists()
+    command = [sys.executable, ROOT / "data" / "prepare.py", source, "--out", out]
+    command += ["--problem-column", "question", "--answer-column", "result"]
     done = subprocess.run(
         [*command, "--drop-unanswered"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{source}: 2 rows read, 1 kept; 1")
     assert rows(out) == [
         {"problem": "1+1", "answer": "2", "solution": "It is 2. #### 2"}
     ]
