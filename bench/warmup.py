@@ -1,8 +1,7 @@
-"""Can a chat model that is never right be taught enough to learn from rewards?
+"""Can a chat model that never boxes a right answer be taught to, so that rewards come?
 
-Where no response has a right box, nothing is accepted and nothing learned. Updates on
-the solutions that data/prepare.py keeps teach the format, and leave a --model for
-learning.py: 135M parameters in 17 s an update of a CPU core. Prints first and last loss.
+Updates on the solutions that data/prepare.py keeps, 17 s each for 135M parameters on a
+CPU core. Prints the first and the last loss; --out is then a --model for learning.py.
 
 Run: python bench/warmup.py --model NAME --problems gsm8k.jsonl --out runs/warm
 """
