@@ -34,11 +34,11 @@ SIGNS = r"""
 \geqslant~\ge \neq~\ne <=~\le >=~\ge !=~\ne **~^ \cdot~* \times~* \equiv~= \approx~=
 \langle~( \rangle~) \vert~| \lvert~| \rvert~| \mid~| \colon~: \lor~or \vee~or \land~and
 \wedge~and \ldots~... \dots~... \quad~, \qquad~, \varnothing~\emptyset \prime~' ’~' ′~'
-%~percent \%~percent \circ~degrees \degree~degrees \left~ \right~ \large~ \Large~ \bf~
-\displaystyle~ \mp~\pm ½~\frac12 ⅓~\frac13 ⅔~\frac23 ¼~\frac14 ¾~\frac34 ÷~/ ⁄~/ ∶~: −~-
-–~- ⁻~- ×~* ·~* ⋅~* ±~\pm √~\sqrt ∛~\sqrt[3] ∞~\infty ≤~\le ≥~\ge ⩽~\le ⩾~\ge ≠~\ne ≈~=
-≡~= ∪~\cup ∩~\cap ∈~\in ∅~\emptyset ∨~or ∧~and α~\alpha β~\beta π~\pi θ~\theta ∠~\angle
-°~degrees ℃~degreesC ℝ~\mathbb{R} 、~, 。~. 或~,or, 和~,and,"""
+%~percent \%~percent \circ~degrees \degree~^degrees °~^degrees ℃~^degreesC \left~ \bf~
+\right~ \large~ \Large~ \displaystyle~ \inf~\infty \infinity~\infty ∞~\infty ±~\pm
+\mp~\pm ½~\frac12 ⅓~\frac13 ⅔~\frac23 ¼~\frac14 ¾~\frac34 √~\sqrt ∛~\sqrt[3] −~- –~-
+⁻~- ÷~/ ⁄~/ ∶~: ×~* ·~* ⋅~* ≤~\le ≥~\ge ⩽~\le ⩾~\ge ≠~\ne ≈~= ≡~= ∪~\cup ∩~\cap
+∈~\in ∅~\emptyset ∨~or ∧~and α~\alpha π~\pi θ~\theta ℝ~\mathbb{R} 、~, 。~. 或~,or, 和~,"""
 SIGNS = dict(f"{pair} ".split("~") for pair in SIGNS.split())
 # Units and their synonyms; the first of a group is what they are compared by.
 UNITS = r"""
@@ -52,7 +52,7 @@ UNITS = {name: line.split()[0] for line in UNITS.split("|") for name in line.spl
 UNIT = "|".join(map(re.escape, sorted(UNITS, key=len, reverse=True)))
 MANY = {"dozen": 12, "thousand": 1000, "million": 10**6, "billion": 10**9}
 FONT = r"(?:text\w*|[mh]box|math(?:rm|bf|it|sf)|boldsymbol|bm|underline|operatorname)"
-TYPED = r"arc(?:sin|cos|tan)|sin|cos|tan|cot|log|ln|exp|gcd|sqrt|pi|infty"
+TYPED = r"arc\w{3}|sin|cos|tan|cot|log|ln|exp|gcd|sqrt|pi|floor|inf(?:ty|inity)?"
 SIGN = r"\\[a-zA-Z]+|[<>!]=|\*\*|\\?%|[^\0-\x7f]"
 
 SPELLING = [  # (pattern, replacement), in this order; each with an example
@@ -64,19 +64,19 @@ SPELLING = [  # (pattern, replacement), in this order; each with an example
     (r"\\\\(?!.*\\end)", ","),  # x=1 \\ x=2 -> x=1,x=2
     (r"(?<!\\)\\[,;:> ()\[\]]|~|\s+|(?<!\\)\$", " "),  # \(5\,x\) -> 5 x
     (rf"\\{FONT}(?![a-zA-Z]) ?(?:\{{([^{{}}]*)\}})?", r" \1 "),  # 5\text{cm} -> 5 cm
+    (rf"(?<![\\a-zA-Z])({TYPED})(?![a-zA-Z])", r"\\\1"),  # log(x) -> \log(x)
     (SIGN, lambda sign: SIGNS.get(sign[0]) or normalize("NFKC", sign[0])),  # ≤ -> \le
     (r"^(?:[ ,.:;](?!\d))+|(?:[ ,:;]|(?<!\.)\.{1,2})+$", ""),  # 5. -> 5
-    (r"\^ ?\{? ?('|degrees) ?\}?", r" \1 "),  # 30^{\prime} -> 30'
-    (r"degrees +([CF])\b", r"degrees\1"),  # 5^\circ C -> 5 degreesC
-    (r"(\\(?:sin|cos|tan)) ?\(?([\d.]+) +degrees ?\)?", r"\1(\2\\pi/180)"),  # \sin9°
-    (rf"(?<![\\a-zA-Z])({TYPED})(?![a-zA-Z])", r"\\\1"),  # log(x) -> \log(x)
+    (r"\^ ?(?:\{ ?('|degrees) ?\}|('|degrees))(?: *([CF])\b)?", r" \1\2\3 "),  # 9^\circ
+    (r"(?<=[\d)])\((?=-?\d)", "*("),  # 2(3) -> 2*(3)
+    (r"(\\(?:sin|cos|tan)) ?\(?([\d.]+) *degrees *\)?", r"\1(\2\\pi/180)"),  # \sin9°
     (r"[bB]matrix", "pmatrix"),  # \end{bmatrix} -> \end{pmatrix}
     (r"\\frac *(\w|\\pi)", r"\\frac{\1}"),  # \frac1{x} -> \frac{1}{x}
     (r"(\\frac *\{[^{}]*\}) *(\w|\\pi)", r"\1{\2}"),  # \frac12 -> \frac{1}{2}
     (r"(\\sqrt(?:\[\d+\])?) *(?:(\w)|\(([^()]*)\))", r"\1{\2\3}"),  # \sqrt2
     (r"(\\sqrt\[[3579]\]\{)-(\d+\})", r"-\1\2"),  # \sqrt[3]{-8} -> -\sqrt[3]{8}
-    (r"(?<=\d)(?:[eE]| ?x ?10 ?\^)([-+]?\d{1,3})(?![\d.])", r"*10^{\1}"),  # 1e-3
     (r"([_^]) ?(?:(-?\d+|\w)|\(([^()]*)\))", r"\1{\2\3}"),  # 2^10 -> 2^{10}
+    (r"(?<=\d)(?:[eE]\+?(-?\d{1,3})(?![\d.])| ?x ?10\^\{(-?\d+)\})", r"*10^{\1\2}"),
     (r"(\.\d*)\\(?:overline|bar) ?\{(\d+)\}", lambda m: m[1] + 20 * m[2]),  # 0.\bar{3}
     (r"(?<=[\])]) *(?:U|or) *(?=[(\[][^()]*,)", r"\\cup "),  # (1,4) or (5,6)
     (r"(?<![a-zA-Z]),? *(?:or|ou)(?![a-zA-Z]) *,?", ";"),  # 1 or 2 -> 1;2
@@ -93,7 +93,7 @@ SPELLING = [  # (pattern, replacement), in this order; each with an example
     (r"cubic ([^\W\d_]+)", r"\1^{3}"),  # 5 cubic feet -> 5 ft^{3}
     (r"(?<=[a-z}]) per (?=[a-z])", "/"),  # 5 miles per hour -> 5 mi/h
     (r"(?<=\d) ?\\frac\{ ?([a-z]+) ?\}\{ ?([a-z]+) ?\}", r" \1/\2"),  # 5\frac{km}{h}
-    (rf"(?<![^\W\d_]|\\)({UNIT})(?:s|\.)?(?![^\W\d_])", lambda m: UNITS[m[1]]),  # kgs
+    (rf"(?<![^\W\d_]|\\)({UNIT})(?:s|\.)?(?: old)?(?![^\W\d_])", lambda m: UNITS[m[1]]),
     (r" +(?![ \w])|(?<![\w})\]']) +", ""),  # 2 + 3 apples -> 2+3 apples
     (r"^\{([^{}\\]*)\}$", r"\1"),  # {1,2} -> 1,2
     (r"(?<![a-zA-Z\\_])(?<!_\{)i(?![a-zA-Z])", "(I)"),  # 3i -> 3(I)
@@ -108,7 +108,7 @@ NUMBER = rf"([-+]*) ?(?:(\d+) (?=\d+/))?({DECIMAL})(?:[/:]({DECIMAL}))?"
 NUMBER = rf"{NUMBER}(?:\*10\^\{{([-+]?\d{{1,3}})\}})?(?: ({'|'.join(MANY)})s?)?"
 NAME = r"^(?![^=]*\\(?:frac|sqrt|sum|prod|log|sin|cos|tan))[A-Za-z\\(|][\w\\{}|'(), ]*="
 CHOICE = r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:[).] ?((?!.*\b[A-J]\b)[^;,]*))?"
-WORDS = r"(?<![\\a-zA-Z\d_])(?![pv]matrix)[A-Za-z]{3}|\d \d|\.\.\.|'|:.*:|[^\0-\x7f]"
+WORDS = r"(?<![\\\w])(?![pv]mat)[A-Za-z]{3}|\d \d| [a-z]{2,} |\.\.\.|'|:.*:|[^\0-\x7f]"
 BOMB = r"(?s).{1000}|\d{5}[\s)}]*!|![\s)}]*!|(?:\^[\s{(]*\d+[\s)}]*){3}|\^\{?\d{5}"
 PLAIN = r"(?:[\w.,+\-*/(){}\[\]=^ ]|\\(?:frac|sqrt|pi|infty))*"
 NOT_NAME = r"\\[a-z]+|[^a-df-zA-HJ-Z,]"
@@ -245,7 +245,7 @@ def solve(answer, gold):
     from math_verify import verify as compare
     from sympy import N
 
-    config, verdict = ConversionConfig(lowercase_symbols=False), False
+    config, verdict = ConversionConfig(False, lowercase_symbols=False), False
     with suppress(Exception):  # what is not mathematics
         x, y = (latex2sympy(t, None, True, False, None, config) for t in (answer, gold))
         with suppress(Exception):  # what has no value
