@@ -1,16 +1,13 @@
 r"""Is the boxed answer of a response right?  The first step that can say so decides.
 
-  1. extract  the last box that is not empty; boxes joined by comma or "and" are a list
-  2. spell    one spelling for what has several: the tables SIGNS, UNITS and SPELLING
-  3. split    a list into parts, each matched once, in any order; a tuple in its order
-  4. names    x = 5 is 5 but not y = 5; every side of x = 2 + 3 = 5 must agree
-  5. units    5 cm is 5, but neither 5 m nor 5 cm^2; the base of 1010_2 is one, too
-  6. numbers  exact fractions: 0.5 is 50% is 1/2; a decimal of 1/3 needs six digits
-  7. words    the same words in the same order, never a product of letters
-  8. solve    math-verify for the rest, in a worker that may hang, crash or be killed
-
-No box is wrong: the format is part of the task. A worker is this file run as a script:
-it does not import the caller's main module, and its start-up costs no answer its time.
+1. extract  the last box that is not empty; boxes joined by a comma or "and" are a list
+2. spell    one spelling for what has several: the tables SIGNS, UNITS and SPELLING
+3. split    a list into parts, each matched once, in any order; a tuple in its order
+4. names    x = 5 is 5 but not y = 5; every side of x = 2 + 3 = 5 must agree
+5. units    5 cm is 5, but neither 5 m nor 5 cm^2; the base of 1010_2 is one, too
+6. numbers  exact fractions: 0.5 is 50% is 1/2; a decimal of 1/3 needs six digits
+7. words    the same words in the same order, never a product of letters
+8. solve    math-verify for the rest, in a worker (this file as a script) that may hang
 """
 
 import argparse
@@ -30,33 +27,32 @@ from unicodedata import normalize
 
 IS_WORKER = __name__ == "__main__" and sys.argv[1:] == ["--worker"]
 START_LIMIT = 180.0  # seconds until a worker is ready, on a machine however busy
-LONGEST = 1000  # characters of an answer and its gold
 
 # Signs that only stand for others, as sign~others.
 SIGNS = r"""
-\dfrac~\frac \tfrac~\frac \cfrac~\frac \dbinom~\binom \lt~< \gt~> \leq~\le \leqslant~\le
-\geq~\ge \geqslant~\ge \neq~\ne <=~\le >=~\ge !=~\ne **~^ \cdot~* \times~* \equiv~=
-\approx~= \langle~( \rangle~) \vert~| \lvert~| \rvert~| \mid~| \colon~: \lor~or \vee~or
-\land~and \wedge~and \ldots~... \dots~... \quad~, \qquad~, \varnothing~\emptyset \prime~'
-\circ~degrees \degree~degrees %~percent \%~percent \left~ \right~ \big~ \Big~ \large~
-\Large~ \displaystyle~ \bf~ \mp~\pm ½~\frac12 ⅓~\frac13 ⅔~\frac23 ¼~\frac14 ¾~\frac34
-÷~/ ⁄~/ ∶~: −~- –~- ⁻~- ×~* ·~* ⋅~* ±~\pm √~\sqrt ∛~\sqrt[3] ∞~\infty ≤~\le ≥~\ge ⩽~\le
-⩾~\ge ≠~\ne ≈~= ≡~= ∪~\cup ∩~\cap ∈~\in ∅~\emptyset ∨~or ∧~and α~\alpha β~\beta π~\pi
-θ~\theta ∠~\angle °~degrees ℃~degreesC ′~' ’~' ℝ~\mathbb{R} 、~, 。~. 或~,or, 和~,and,"""
+\dfrac~\frac \tfrac~\frac \cfrac~\frac \lt~< \gt~> \leq~\le \leqslant~\le \geq~\ge
+\geqslant~\ge \neq~\ne <=~\le >=~\ge !=~\ne **~^ \cdot~* \times~* \equiv~= \approx~=
+\langle~( \rangle~) \vert~| \lvert~| \rvert~| \mid~| \colon~: \lor~or \vee~or \land~and
+\wedge~and \ldots~... \dots~... \quad~, \qquad~, \varnothing~\emptyset \prime~' ’~' ′~'
+%~percent \%~percent \circ~degrees \degree~^degrees °~^degrees ℃~^degreesC \left~ \bf~
+\right~ \large~ \Large~ \displaystyle~ \inf~\infty \infinity~\infty ∞~\infty ±~\pm
+\mp~\pm ½~\frac12 ⅓~\frac13 ⅔~\frac23 ¼~\frac14 ¾~\frac34 √~\sqrt ∛~\sqrt[3] −~- –~-
+⁻~- ÷~/ ⁄~/ ∶~: ×~* ·~* ⋅~* ≤~\le ≥~\ge ⩽~\le ⩾~\ge ≠~\ne ≈~= ≡~= ∪~\cup ∩~\cap
+∈~\in ∅~\emptyset ∨~or ∧~and α~\alpha π~\pi θ~\theta ℝ~\mathbb{R} 、~, 。~. 或~,or, 和~,"""
 SIGNS = dict(f"{pair} ".split("~") for pair in SIGNS.split())
 # Units and their synonyms; the first of a group is what they are compared by.
 UNITS = r"""
-m meter metre 米|cm centimeter centimetre 厘米|mm millimeter|km kilometer kilometre 公里|
+m meter metre 米|cm centimeter centimetre 厘米|mm millimeter|km kilometer 公里|unit|
 in inch inche|ft foot feet|yd yard|mi mile|mi/h mph|km/h kmh|g gram 克|mg milligram|
-kg kilogram 公斤|lb pound|oz ounce|s sec second 秒|min minute 分钟|h hr hour 小时|day 天|
-week|month|yr year 年 岁|L liter litre 升|mL ml milliliter|gal gallon|degree|degreesC|
-degreesF|percent|dollar USD \$|cent ¢|euro €|sterling £|yuan 元 ¥|N newton|J joule|kJ|
-W watt|kW kilowatt|mW milliwatt|MW megawatt|A amp|person people 人|个|rad radian|unit"""
+kg kilogram 公斤|lb pound|oz ounce|s sec second 秒|min minute 分钟|h hr hour 小时|
+day 天|week|month|yr year 年 岁|L liter litre 升|mL ml milliliter|gal gallon|degree|
+degreesC|degreesF|percent|dollar USD \$|cent ¢|euro €|sterling £|yuan 元 ¥|N newton|
+J joule|kJ|W watt|kW|mW|MW|A amp|person people 人|个|rad radian"""
 UNITS = {name: line.split()[0] for line in UNITS.split("|") for name in line.split()}
 UNIT = "|".join(map(re.escape, sorted(UNITS, key=len, reverse=True)))
 MANY = {"dozen": 12, "thousand": 1000, "million": 10**6, "billion": 10**9}
 FONT = r"(?:text\w*|[mh]box|math(?:rm|bf|it|sf)|boldsymbol|bm|underline|operatorname)"
-TYPED = r"arc(?:sin|cos|tan)|sin|cos|tan|cot|log|ln|exp|gcd|sqrt|pi|infty"
+TYPED = r"arc\w{3}|sin|cos|tan|cot|log|ln|exp|gcd|sqrt|pi|floor|inf(?:ty|inity)?"
 SIGN = r"\\[a-zA-Z]+|[<>!]=|\*\*|\\?%|[^\0-\x7f]"
 
 SPELLING = [  # (pattern, replacement), in this order; each with an example
@@ -68,22 +64,22 @@ SPELLING = [  # (pattern, replacement), in this order; each with an example
     (r"\\\\(?!.*\\end)", ","),  # x=1 \\ x=2 -> x=1,x=2
     (r"(?<!\\)\\[,;:> ()\[\]]|~|\s+|(?<!\\)\$", " "),  # \(5\,x\) -> 5 x
     (rf"\\{FONT}(?![a-zA-Z]) ?(?:\{{([^{{}}]*)\}})?", r" \1 "),  # 5\text{cm} -> 5 cm
-    (SIGN, lambda sign: SIGNS.get(sign[0]) or normalize("NFKC", sign[0])),  # ≤ -> \le
-    (r"\^ ?\{? ?('|degrees) ?\}?", r" \1 "),  # 30^{\prime} -> 30'
-    (r"degrees +([CF])\b", r"degrees\1"),  # 5^\circ C -> 5 degreesC
-    (r"(\\(?:sin|cos|tan)) ?\(?([\d.]+) +degrees ?\)?", r"\1(\2\\pi/180)"),  # \sin9°
     (rf"(?<![\\a-zA-Z])({TYPED})(?![a-zA-Z])", r"\\\1"),  # log(x) -> \log(x)
+    (SIGN, lambda sign: SIGNS.get(sign[0]) or normalize("NFKC", sign[0])),  # ≤ -> \le
+    (r"^(?:[ ,.:;](?!\d))+|(?:[ ,:;]|(?<!\.)\.{1,2})+$", ""),  # 5. -> 5
+    (r"\^ ?(?:\{ ?('|degrees) ?\}|('|degrees))(?: *([CF])\b)?", r" \1\2\3 "),  # 9^\circ
+    (r"(?<=[\d)])\((?=-?\d)", "*("),  # 2(3) -> 2*(3)
+    (r"(\\(?:sin|cos|tan)) ?\(?([\d.]+) *degrees *\)?", r"\1(\2\\pi/180)"),  # \sin9°
     (r"[bB]matrix", "pmatrix"),  # \end{bmatrix} -> \end{pmatrix}
-    (r"\\frac ?(\w|\\pi)", r"\\frac{\1}"),  # \frac1{x} -> \frac{1}{x}
-    (r"(\\frac ?\{[^{}]*\}) ?(\w|\\pi)", r"\1{\2}"),  # \frac12 -> \frac{1}{2}
-    (r"(\\sqrt(?:\[\d+\])?) ?(?:(\w)|\(([^()]*)\))", r"\1{\2\3}"),  # \sqrt2
+    (r"\\frac *(\w|\\pi)", r"\\frac{\1}"),  # \frac1{x} -> \frac{1}{x}
+    (r"(\\frac *\{[^{}]*\}) *(\w|\\pi)", r"\1{\2}"),  # \frac12 -> \frac{1}{2}
+    (r"(\\sqrt(?:\[\d+\])?) *(?:(\w)|\(([^()]*)\))", r"\1{\2\3}"),  # \sqrt2
     (r"(\\sqrt\[[3579]\]\{)-(\d+\})", r"-\1\2"),  # \sqrt[3]{-8} -> -\sqrt[3]{8}
-    (r"(?<=\d)(?:[eE]| ?x ?10 ?\^)([-+]?\d{1,3})(?![\d.])", r"*10^{\1}"),  # 1e-3
     (r"([_^]) ?(?:(-?\d+|\w)|\(([^()]*)\))", r"\1{\2\3}"),  # 2^10 -> 2^{10}
+    (r"(?<=\d)(?:[eE]\+?(-?\d{1,3})(?![\d.])| ?x ?10\^\{(-?\d+)\})", r"*10^{\1\2}"),
     (r"(\.\d*)\\(?:overline|bar) ?\{(\d+)\}", lambda m: m[1] + 20 * m[2]),  # 0.\bar{3}
     (r"(?<=[\])]) *(?:U|or) *(?=[(\[][^()]*,)", r"\\cup "),  # (1,4) or (5,6)
     (r"(?<![a-zA-Z]),? *(?:or|ou)(?![a-zA-Z]) *,?", ";"),  # 1 or 2 -> 1;2
-    (r"(hours?|degrees|feet|minutes) +and +(?=\d)", r"\1 "),  # 3 hours and 20 minutes
     (r",? *and *(?=[a-z] ?(?:[<>]|\\[lgn]e))", r"\\land "),  # x>1 and x<4
     (r"(?<![a-zA-Z]),? *and(?![a-zA-Z]) *,?", ","),  # 1, 2 and 3 -> 1,2,3
     (rf"(\\\$|[€£¥]) ?([\d.,]*\d(?: (?:{'|'.join(MANY)}))?)", r"\2 \1"),  # \$5
@@ -97,8 +93,7 @@ SPELLING = [  # (pattern, replacement), in this order; each with an example
     (r"cubic ([^\W\d_]+)", r"\1^{3}"),  # 5 cubic feet -> 5 ft^{3}
     (r"(?<=[a-z}]) per (?=[a-z])", "/"),  # 5 miles per hour -> 5 mi/h
     (r"(?<=\d) ?\\frac\{ ?([a-z]+) ?\}\{ ?([a-z]+) ?\}", r" \1/\2"),  # 5\frac{km}{h}
-    (rf"(?<![^\W\d_]|\\)({UNIT})(?:s|\.)?(?![^\W\d_])", lambda m: UNITS[m[1]]),  # kgs
-    (r"^(?:[ ,.:;](?!\d))+|(?:[ ,:;]|(?<!\.)\.)+$", ""),  # 5. -> 5
+    (rf"(?<![^\W\d_]|\\)({UNIT})(?:s|\.)?(?: old)?(?![^\W\d_])", lambda m: UNITS[m[1]]),
     (r" +(?![ \w])|(?<![\w})\]']) +", ""),  # 2 + 3 apples -> 2+3 apples
     (r"^\{([^{}\\]*)\}$", r"\1"),  # {1,2} -> 1,2
     (r"(?<![a-zA-Z\\_])(?<!_\{)i(?![a-zA-Z])", "(I)"),  # 3i -> 3(I)
@@ -111,10 +106,12 @@ DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
 FRACTION = re.compile(rf"\\frac\{{(-?{DECIMAL})\}}\{{(-?{DECIMAL})\}}")
 NUMBER = rf"([-+]*) ?(?:(\d+) (?=\d+/))?({DECIMAL})(?:[/:]({DECIMAL}))?"
 NUMBER = rf"{NUMBER}(?:\*10\^\{{([-+]?\d{{1,3}})\}})?(?: ({'|'.join(MANY)})s?)?"
-NAME = r"(?!.*\\(?:frac|sqrt|sum|int|lim|log|sin|cos|tan))[A-Za-z\\(|][\w\\{}|'(), ]*"
+NAME = r"^(?![^=]*\\(?:frac|sqrt|sum|prod|log|sin|cos|tan))[A-Za-z\\(|][\w\\{}|'(), ]*="
 CHOICE = r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:[).] ?((?!.*\b[A-J]\b)[^;,]*))?"
-WORDS = r"(?<![\\a-zA-Z\d_])(?![pv]matrix)[A-Za-z]{3}|\d \d|\.\.\.|'|:.*:|[^\0-\x7f]"
-BOMB = r"\d{4}[\s)}]*!|![\s)}]*!|(?:\^[\s{(]*\d+[\s)}]*){3}|\d{5}\}"
+WORDS = r"(?<![\\\w])(?![pv]mat)[A-Za-z]{3}|\d \d| [a-z]{2,} |\.\.\.|'|:.*:|[^\0-\x7f]"
+BOMB = r"(?s).{1000}|\d{5}[\s)}]*!|![\s)}]*!|(?:\^[\s{(]*\d+[\s)}]*){3}|\^\{?\d{5}"
+PLAIN = r"(?:[\w.,+\-*/(){}\[\]=^ ]|\\(?:frac|sqrt|pi|infty))*"
+NOT_NAME = r"\\[a-z]+|[^a-df-zA-HJ-Z,]"
 BRACE = re.compile(r"\\\\|\\[{}]|((\\(?:boxed|fbox)\s*)?\{)|\}")
 BETWEEN = r"(?:[\s$,;.&{}，、或和]|\\[,;:! ()\[\]]|\\q?quad|\\text|\b(?:and|or)\b)*"
 _workers = {}  # of each process, since a forked one needs its own: a lock, idle workers
@@ -130,7 +127,7 @@ def extract_answer(response: str) -> str | None:
         elif brace[0] == "}" and opened:
             start = opened.pop()
             content = tail[start.end() : brace.start()].strip()
-            if start[2] and start.start() >= end and spell(content[:LONGEST]):
+            if start[2] and start.start() >= end and spell(content[:1000]):
                 if not re.fullmatch(BETWEEN, tail[end : start.start()]):
                     answers = []
                 answers.append(content)
@@ -158,16 +155,15 @@ def spell(text):
 
 def judge(answer, gold):
     """The verdict and what decided it, as returned by all functions down to solve."""
-    if answer == gold or len(answer) + len(gold) > LONGEST:
-        return answer == gold != "", "same text"
+    if answer == gold or re.search(BOMB, f"{answer} {gold}"):
+        return answer == gold != "", "same text, or too large"
     a, b = spell(answer), spell(gold)
     if a == b or not a or not b:
         return a == b != "", "spelling"
 
-    # The letter decides where only one of the two has the text of the choice.
     choices = re.fullmatch(CHOICE, a), re.fullmatch(CHOICE, b)
     if all(choices) and not (choices[0][2] and choices[1][2]):
-        return choices[0][1] == choices[1][1], "choice"
+        return choices[0][1] == choices[1][1], "choice"  # its text may be missing
 
     parts, golds = (list(dict.fromkeys(split(text, ",;∪"))) for text in (a, b))
     if len(parts) == len(golds) == 1:
@@ -194,9 +190,7 @@ def same(a, b):
     sides, golds = split(a, "="), split(b, "=")
     if len(sides) == len(golds) == 2:
         return same_value(sides[1], golds[1]) if sides[0] == golds[0] else solve(a, b)
-    for texts in (sides, golds):
-        if len(texts) > 1 and re.fullmatch(NAME, texts[0]):
-            texts.pop(0)
+    sides, golds = (split(re.sub(NAME, "", text), "=") for text in (a, b))
     # False comes before True: every side has to agree.
     return min(same_value(x, y) for x in sides for y in golds)
 
@@ -226,7 +220,6 @@ def same_value(a, b):
     return solve(a, b)
 
 
-@lru_cache(4096)
 def number(text):
     """The exact value of a number, None for anything else."""
     found = re.fullmatch(NUMBER, FRACTION.sub(r" \1/\2", text).strip())
@@ -240,23 +233,29 @@ def number(text):
 
 def solve(answer, gold):
     """Ask math-verify, but for numbers that it would round; in a worker only."""
-    if re.search(BOMB, f"{answer} {gold}"):
-        return False, "too large"
+    if re.fullmatch(PLAIN, answer + gold):
+        texts, golds = (re.split(rf"({DECIMAL})", text) for text in (answer, gold))
+        changed = sum(float(x) != float(y) for x, y in zip(texts[1::2], golds[1::2]))
+        names, gold_names = (set(re.sub(NOT_NAME, "", t)) for t in (answer, gold))
+        if names != gold_names or (texts[::2] == golds[::2] and changed == 1):
+            return False, "other names, or one other number"
     if not IS_WORKER:
         raise NotImplementedError
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify import verify as compare
     from sympy import N
 
-    config, verdict = ConversionConfig(lowercase_symbols=False), False
+    config, verdict = ConversionConfig(False, lowercase_symbols=False), False
     with suppress(Exception):  # what is not mathematics
         x, y = (latex2sympy(t, None, True, False, None, config) for t in (answer, gold))
-        with suppress(Exception):  # what is not a number
-            gap, size = abs(N(x.doit() - y.doit(), 30)), abs(N(y.doit(), 30))
+        with suppress(Exception):  # what has no value
+            symbols = sorted(x.free_symbols | y.free_symbols, key=str)
+            point = {symbol: i + 3 for i, symbol in enumerate(symbols)}
+            gap, size = (abs(N(z.subs(point).doit(), 30)) for z in (x - y, y))
             if gap > size / 10**5:
-                return False, "solve"
-            if "." in answer + gold and gap < min(5e-7, size / 10**5):
-                return True, "solve"
+                return False, "value"
+            if "." in answer + gold and not point and gap < min(5e-7, size / 10**5):
+                return True, "value"
         verdict = compare(y, x, timeout_seconds=None, allow_set_relation_comp=True)
     return verdict, "solve"
 
@@ -267,7 +266,7 @@ def verify(response: str, gold: str) -> bool:
 
 
 def verify_batch(responses: list, golds: list, timeout: float = 5.0) -> list[bool]:
-    """The verdict for each response; wrong where an answer takes longer than timeout."""
+    """The verdict for each response; wrong where it takes more than timeout seconds."""
     answers = [extract_answer(response) or "" for response in responses]
     golds = [gold_answer(gold) if str(gold).strip() else "" for gold in golds]
     pairs = list(zip(answers, golds, strict=True))
@@ -290,12 +289,11 @@ def ask(answer, gold, timeout):
         process, pipe = idle.pop() if idle else start_worker()
         if process.poll() is not None:  # killed while it was idle
             process, pipe = start_worker()
-        verdict = b""
+        verdict = None
         try:
             with suppress(EOFError, OSError):
                 pipe.send_bytes(json.dumps([answer, gold, timeout]).encode())
-                if pipe.poll(timeout + 0.5):
-                    verdict = pipe.recv_bytes()
+                verdict = pipe.recv_bytes() if pipe.poll(timeout + 0.5) else None
         finally:
             if verdict:
                 idle.append((process, pipe))
@@ -305,27 +303,28 @@ def ask(answer, gold, timeout):
 
 
 def start_worker():
-    """A process that is ready for questions, and its pipe; an error, never a verdict."""
+    """A process that is ready for questions, and its pipe; or an error, no verdict."""
     pipe, theirs = Pipe()
-    files = {"stdin": theirs, "stdout": DEVNULL, "stderr": PIPE}
-    command = [sys.executable, __file__, "--worker"]
-    process = Popen(command, **files, start_new_session=True)
+    options = {"stdin": theirs, "stdout": DEVNULL, "stderr": PIPE, "process_group": 0}
+    process = Popen([sys.executable, __file__, "--worker"], **options)
     theirs.close()
     with suppress(EOFError, OSError):
         if pipe.poll(START_LIMIT) and pipe.recv_bytes():
             return process, pipe
     process.kill()
     reason = process.stderr.read().decode(errors="replace").strip().split("\n")[-1]
-    reason = reason or "it is killed or too slow"
-    raise RuntimeError(f"no worker of verify_math: {reason}; pip install math-verify")
+    reason = reason or "it was killed or too slow"
+    raise RuntimeError(f"verify_math has no worker: {reason}; pip install math-verify")
 
 
 def serve(pipe):
     """The worker: answer questions until the caller is gone; no text is run as code."""
+    from latex2sympy2_extended import latex2sympy2
     from sympy import Rational, Symbol
     from sympy.parsing import sympy_parser as parser
 
     parser.parse_expr = lambda t, **_: (Symbol if t.isidentifier() else Rational)(t)
+    latex2sympy2.latex2sympy = lru_cache(256)(latex2sympy2.latex2sympy)
     judge(r"x<\sqrt8;y=x", r"(-\infty,2\sqrt2);x=y")  # imports what is needed
     resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))  # bytes
     signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -344,7 +343,6 @@ def serve(pipe):
 
 
 def main():
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--response", required=True, help="a response, with its box")
     parser.add_argument("--gold", required=True, help="the gold answer or solution")
