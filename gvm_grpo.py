@@ -53,9 +53,7 @@ ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.
 ENV |= {"MASTER_PORT": "0"} | dict(os.environ)  # torchrun sets all five
 RANK, WORLD = int(ENV["RANK"]), int(ENV["WORLD_SIZE"])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = (
-    torch.bfloat16 if DEVICE == "cuda" else torch.float32
-)  # no TF32: RoPE needs more
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # never TF32
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 Problem = namedtuple("Problem", "index prompt_ids answer")  # index: line of its file
 INSTRUCTION = "Let's reason step by step and put the final answer within \\boxed{}."
