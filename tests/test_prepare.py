@@ -284,6 +284,7 @@ def test_a_problem_that_is_not_one_text_is_refused_with_its_row(refused, flaw):
 NO_ANSWER = {
     "object": {"ground_truth": "2"},
     "two": ["3", "4"],
+    "many": ["3"] * 999,
     "empty list": [],
     "NaN": float("nan"),
     "null": None,
@@ -392,6 +393,12 @@ def test_problems_held_out_are_drawn_by_seed_and_printed(made, tmp_path):
         assert sorted(answers(kept + drawn[-1])) == sorted(answers(ROWS))
         assert f"{tmp_path / 'out_held_out.jsonl'}: 4 problems" in printed
     assert drawn[0] == drawn[1] != drawn[2]
+    assert answers(drawn[0]) == [
+        "1",
+        "3",
+        "7",
+        "10",
+    ]  # in every process, on every machine
 
 
 def test_rows_of_one_problem_are_held_out_together(made, tmp_path):
