@@ -1,4 +1,4 @@
-"""What the tests of the scripts share: small settings, and runs in this and in other processes."""
+"""What the tests share: small settings, and runs in this and other processes."""
 
 import contextlib
 import io
@@ -6,31 +6,22 @@ import json
 import multiprocessing
 import os
 import runpy
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["raft", "gvm_raft", "gvm_grpo"]
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+# Tolerances are those of float32; bench/gpu.py tests a GPU. One thread is best.
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-# processes forked from one that has imported everything start at once
+# Processes forked from one that has imported everything start at once.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["gvm_raft", "transformers.models.llama.modeling_llama"])
-
-
-def pytest_configure():
-    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="gvm-tests-")
-
-
-def pytest_unconfigure():
-    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])  # nothing outlives the tests
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +31,13 @@ def small(tmp_path_factory):
     lines = (ROOT / "tiny" / "train.jsonl").read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:20]))
     settings = {"problems": str(path), "eval_problems": str(path), "eval_samples": 1}
-    settings |= {"problems_per_step": 8, "samples_per_problem": 4, "max_new_tokens": 32}
-    return settings | {"steps": 2, "save_every": 1}
+    settings |= {"problems_per_step": 8, "samples_per_problem": 4}
+    return settings | {"max_new_tokens": 32, "steps": 2, "save_every": 1}
 
 
 @pytest.fixture(scope="module")
 def process_group():
-    """A process group of one, for what is sharded or gathered."""
+    """A process group of one, for what is sharded or gathered; its device."""
     import gvm_raft
 
     with restored():
@@ -58,31 +49,37 @@ def restored(argv=()):
     """Undoes what main() does to this process, whether it ends well or not."""
     import torch.distributed as dist
 
-    before = sys.argv, dict(os.environ), signal.getsignal(signal.SIGINT)
+    signals = signal.SIGINT, signal.SIGTERM
+    before = sys.argv, dict(os.environ), [signal.getsignal(s) for s in signals]
     sys.argv = list(argv) or sys.argv
     try:
         yield
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        sys.argv, environ, handler = before
+        sys.argv, environ, handlers = before
         os.environ.clear()
         os.environ.update(environ)
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in zip(signals, handlers):
+            signal.signal(number, handler)
 
 
 def run(script, **settings):
     """main() in this process: the rows of metrics.jsonl and what was printed."""
     module = __import__(script)
-    with restored([f"{script}.py"]), contextlib.redirect_stdout(io.StringIO()) as out:
+    printed = io.StringIO()
+    with restored([f"{script}.py"]), contextlib.redirect_stdout(printed):
         module.main(module.Config(**settings))
-    return rows(settings["run_dir"]), out.getvalue()
+    return rows(settings["run_dir"]), printed.getvalue()
 
 
 def rows(folder):
     """The rows of metrics.jsonl but for their times."""
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    found = []
+    for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
+        found.append(json.loads(line))
+        found[-1].pop("seconds")
+    return found
 
 
 def options(settings):
@@ -90,27 +87,31 @@ def options(settings):
     flags = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
-        switch = isinstance(value, bool)
-        flags += [f"--{flag}" if value else f"--no-{flag}"] if switch else [f"--{flag}", str(value)]
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
     return flags
 
 
-def start(script, log, world=1, **settings):
-    """The script's command line as processes of their own; each writes log/<rank>.out and .err."""
+def environments(world):
+    """What torchrun tells each of so many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(port)}
+    return [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
+
+
+def start(script, log, world=1, **settings):
+    """A command line as so many processes; each writes log/<rank>.out and .err."""
     Path(log).mkdir(exist_ok=True)
     argv = [str(ROOT / f"{script}.py"), *options(settings)]
     started = []
-    for rank in range(world):
-        environ = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-        environ = {name: str(value) for name, value in environ.items()}
-        environ |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "HF_DATASETS_CACHE": os.environ["HF_DATASETS_CACHE"],
-        }
-        started.append(SERVER.Process(target=child, args=(argv, environ, f"{log}/{rank}")))
+    for rank, environ in enumerate(environments(world)):
+        arguments = argv, environ, f"{log}/{rank}"
+        started.append(SERVER.Process(target=child, args=arguments))
         started[-1].start()
     return started
 
@@ -126,7 +127,7 @@ def child(argv, environ, log):
 
 
 def finish(processes, seconds=300):
-    """Waits for processes and returns their exit codes; None for one that hangs, which is ended."""
+    """Waits for processes and returns their exit codes; None for one that hangs."""
     for process in processes:
         process.join(seconds)
     codes = [process.exitcode for process in processes]
