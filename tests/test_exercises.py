@@ -166,7 +166,13 @@ MISTAKES = [
     ("6", "gvm_raft.py", "-torch.minimum(", "-torch.maximum(", "max for the min"),
     ("6", "gvm_raft.py", ".clamp(1 - clip_low, 1 + clip_high)", "", "not clipped"),
     ("6", "gvm_raft.py", "old_logp_T).exp()", "old_logp_T).exp().detach()", "grad"),
-    ("7", "answers.py", '"log": (1 - p) ** 1.5', '"log": (1 - p)', "is Prop. 1's"),
+    (
+        "7",
+        "answers.py",
+        '"log": (1 - p) ** 1.5',
+        '"log": (1 - p)',
+        "Prop. 1's budget, as yours",
+    ),
     (
         "7",
         "answers.py",
