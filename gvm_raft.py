@@ -32,6 +32,7 @@ import time
 import warnings
 from collections import namedtuple
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -103,10 +104,8 @@ def main(cfg):
     check(cfg)
     start_processes()
     tokenizer = load_tokenizer(cfg)
-    problems = read_problems(cfg.problems, tokenizer, cfg)
-    eval_problems = read_problems(cfg.eval_problems, tokenizer, cfg)
-    if cfg.problems_per_step > len(problems):
-        raise SystemExit(f"--problems-per-step exceeds the {len(problems)} problems")
+    problems = read_problems(cfg.problems, cfg.problems_per_step, tokenizer, cfg)
+    eval_problems = read_problems(cfg.eval_problems, 1, tokenizer, cfg)
 
     folder, checkpoint, progress = open_run(cfg)
     sampler = (VLLMSampler if cfg.sampler == "vllm" else TorchSampler)(cfg, tokenizer)
@@ -117,7 +116,7 @@ def main(cfg):
         log(folder, progress, evaluate(eval_problems, sampler, progress, cfg))
 
     caught = []  # after SIGTERM or Ctrl-C the run ends with its step
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signal.SIGTERM, signal.SIGINT:
         signal.signal(number, lambda *_: caught.append(1))
 
     for step in range(progress["step"], cfg.steps):
@@ -143,7 +142,7 @@ def main(cfg):
         rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         accuracy = [row["accuracy"] for row in rows if "accuracy" in row]
         print(f"accuracy_before: {accuracy[0]:.4f}\naccuracy_after: {accuracy[-1]:.4f}")
-        for name in ("responses", "tokens", "seconds"):
+        for name in "responses", "tokens", "seconds":
             print(f"{name}_total: {round(progress[name], 1)}")
         if progress["step"] < cfg.steps:
             print(f"stopped: the same command with --run-dir {folder} goes on")
@@ -178,10 +177,8 @@ def choose_counts(batch, policy, sampler, progress, cfg):
 
 @torch.no_grad()
 def gradient_norms(policy, groups, cfg):
-    """Gᵢ [m]: root mean square of ||∇ log P(y)||₂ over accepted responses y.
-
-    ∇ is by the output head W, logits = W h: ∇ log P = Σₜ dₜ hₜᵀ, dₜ = onehot(yₜ) -
-    softmaxₜ. Float32 may be 4e-3 off where a token is surer than 0.9996: good enough.
+    """Gᵢ [m]: root mean square of ||∇ log P(y)||₂ over accepted responses y, where ∇ is
+    by the output head W (logits = W h); 4e-3 off where tokens are surer than 0.9996.
     """
     accepted = [r for group in groups for r in group if r.reward]
     squares = np.zeros(len(groups))
@@ -189,7 +186,7 @@ def gradient_norms(policy, groups, cfg):
         rows = run_policy(policy, micro or accepted[:1], cfg)
         for response, (logit_TV, hidden_TD, target_T) in zip(micro, rows):
             d_TV = F.one_hot(target_T, logit_TV.shape[-1]) - logit_TV.softmax(-1)
-            # ||Σₜ dₜ hₜᵀ||² = Σₛₜ (dₛ·dₜ)(hₛ·hₜ)
+            # ∇ log P = Σₜ dₜ hₜᵀ, so its squared norm is Σₛₜ (dₛ·dₜ)(hₛ·hₜ)
             square = ((d_TV @ d_TV.T) * (hidden_TD @ hidden_TD.T)).sum()
             squares[response.i] += square.item() / cfg.temperature**2
 
@@ -523,6 +520,8 @@ def check(cfg):
         raise SystemExit("--updates-per-step must be 1 to --problems-per-step")
     if cfg.problems != Config.problems and cfg.eval_problems == Config.eval_problems:
         raise SystemExit("--problems needs --eval-problems (see data/prepare.py)")
+    if cfg.sampler == "vllm" and not find_spec("vllm"):
+        raise SystemExit("--sampler vllm needs its package: pip install vllm")
     if cfg.reuse_pilot and cfg.pilot_samples > cfg.samples_per_problem:
         raise SystemExit("--pilot-samples exceeds --samples-per-problem, its budget")
 
@@ -539,8 +538,8 @@ def load_tokenizer(cfg):
     return tokenizer
 
 
-def read_problems(path, tokenizer, cfg):
-    """Problems of a JSON-lines file, through the chat template."""
+def read_problems(path, least, tokenizer, cfg):
+    """Problems of a JSON-lines file, at least so many, through the chat template."""
     if not Path(path).is_file():
         raise SystemExit(f"{path}: no such file; data/prepare.py makes them")
     lines, problems = Path(path).read_text("utf-8-sig").split("\n"), []
@@ -549,7 +548,7 @@ def read_problems(path, tokenizer, cfg):
             continue
         try:
             row = json.loads(line)
-            text, answer = row["problem"], gold_answer(row["answer"])
+            text, answer = row.get("problem"), gold_answer(row.get("answer"))
             assert isinstance(text, str) and text.strip(), "the problem is no text"
         except Exception as error:
             raise SystemExit(f"{path}, line {number}: {error} in {line:.80}") from None
@@ -561,6 +560,8 @@ def read_problems(path, tokenizer, cfg):
             problems.append(Problem(number, prompt_ids, answer))
     if RANK == 0:
         print(f"{path}: {len(problems)} problems of at most --max-prompt-tokens")
+    if len(problems) < least:
+        raise SystemExit(f"{path}: too few problems, a step takes {least}")
     return problems
 
 
@@ -647,13 +648,14 @@ def log(folder, progress, row):
         line = f"reward {row['reward']:.3f} | accept {row['accept']:.3f} | n "
         line += f"{min(row['counts']):2d}..{max(row['counts']):<3d} | bound "
         line += f"{row.get('bound', 1):.2f} | loss {row['loss']:+.3f} | grad "
-        line += f"{row['grad_norm']:.2f} | responses {progress['responses']:6,d} | "
-        line += f"{progress['seconds']:.0f} s"
+        line += f"{row['grad_norm']:.2f} | responses {progress['responses']:6,d}"
     if row.get("updates") == 0:
         line += " | no update: no response has weight"
     if row["truncated"] > 0.01:
         line += f" | truncated {row['truncated']:.2f}: raise --max-new-tokens?"
-    print(f"step {progress['step']:4d} | {line}", flush=True)
+    print(
+        f"step {progress['step']:3} | {line} | {progress['seconds']:.0f}s", flush=True
+    )
 
 
 def sum_over_ranks(values):
