@@ -1,4 +1,4 @@
-"""The scripts differ in their seams only: a change elsewhere has to be made in all three."""
+"""The scripts differ in their seams only: other changes have to be made in all."""
 
 import ast
 import difflib
@@ -8,19 +8,33 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# the top-level blocks that differ, in order, and the most lines added, removed, and hunks
+# The top-level blocks that differ, in order; the most lines added, removed, and hunks
+# outside the docstring.
 SEAMS = {
     ("raft.py", "gvm_raft.py"): (
-        ["docstring", "from allocator", "Config", "check", "head_grad_norms", "sample_counts"],
-        (60, 15, 6),
+        [
+            "docstring",
+            "from allocator",
+            "Config",
+            "choose_counts",
+            "gradient_norms",
+            "check",
+        ],
+        (85, 10, 8),
     ),
-    ("gvm_raft.py", "gvm_grpo.py"): (["docstring", "advantages"], (15, 15, 3)),
+    ("gvm_raft.py", "gvm_grpo.py"): (["docstring", "advantages", "check"], (15, 12, 4)),
 }
-# blocks that may only gain lines
+# Blocks that may only gain lines.
 GROWING = ["Config", "check"]
-# settings that only the second script of a pair has
+# Settings that only the second script of a pair has.
 ADDED_SETTINGS = {
-    ("raft.py", "gvm_raft.py"): ["pilot_samples", "reuse_pilot", "prior", "alpha", "beta"],
+    ("raft.py", "gvm_raft.py"): [
+        "pilot_samples",
+        "reuse_pilot",
+        "prior",
+        "alpha",
+        "beta",
+    ],
     ("gvm_raft.py", "gvm_grpo.py"): [],
 }
 
@@ -35,7 +49,7 @@ def name(node):
 
 
 def blocks(source):
-    """{name: text} of the top-level statements, with the comments before and blank lines after."""
+    """{name: text} of top-level statements, comments before and blank lines after."""
     lines, start, found = source.splitlines(keepends=True), 0, {}
     for node in ast.parse(source).body:
         end = node.end_lineno
@@ -54,7 +68,7 @@ def settings(source):
 
 
 def drift(first, second, seams, added):
-    """What is wrong between two sources: one sentence for each unwanted or missing difference."""
+    """One sentence for each unwanted or missing difference between two sources."""
     first_blocks, second_blocks = blocks(first), blocks(second)
     names = list(dict.fromkeys([*second_blocks, *first_blocks]))
     differing = [n for n in names if first_blocks.get(n) != second_blocks.get(n)]
@@ -65,18 +79,27 @@ def drift(first, second, seams, added):
         found.append("the order differs")
     for block in set(GROWING) & set(differing) & set(common):
         texts = (first_blocks[block].splitlines(), second_blocks[block].splitlines())
-        found += [f"{block} lost a line" for line in difflib.ndiff(*texts) if line[0] == "-"]
+        found += [
+            f"{block} lost a line" for line in difflib.ndiff(*texts) if line[0] == "-"
+        ]
     old, new = settings(first), settings(second)
-    found += [f"the default of {n} differs" for n in old if n in new and old[n] != new[n]]
+    found += [
+        f"the default of {n} differs" for n in old if n in new and old[n] != new[n]
+    ]
     if [n for n in new if n not in old] != added or not old.keys() <= new.keys():
         found.append("the settings differ")
     return found
 
 
 def size(first, second):
-    """Lines added, lines removed, hunks of the diff."""
-    lines = list(difflib.unified_diff(first.splitlines(), second.splitlines(), n=0))[2:]
-    return tuple(sum(line.startswith(mark) for line in lines) for mark in ("+", "-", "@@"))
+    """Lines added, lines removed, hunks of the diff outside the docstrings."""
+    texts = []
+    for source in (first, second):
+        start = ast.parse(source).body[0].end_lineno
+        texts.append(source.splitlines()[start:])
+    lines = list(difflib.unified_diff(*texts, n=0))[2:]
+    marks = ("+", "-", "@@")
+    return tuple(sum(line.startswith(mark) for line in lines) for mark in marks)
 
 
 def read(pair):
@@ -94,20 +117,35 @@ def test_the_diff_is_short_enough_to_read(pair):
     assert all(n <= limit for n, limit in zip(found, most)), f"{found} exceeds {most}"
 
 
+def test_the_size_of_a_diff_is_counted_outside_the_docstring():
+    first = '"""One.\n\nTwo."""\n\na = 1\nb = 2\nc = 3\n'
+    second = '"""Another."""\n\na = 1\nb = 4\nc = 3\nd = 5\ne = 6\n'
+    assert size(first, second) == (3, 1, 2)
+
+
 PLANTED = {
-    "main differs": ("log(folder, progress, *evaluate(", "log(folder, progress, *(evaluate)("),
+    "main differs": (
+        "log(folder, progress, *evaluate(",
+        "log(folder, progress, *(evaluate)(",
+    ),
     "update differs": ("optimizer.zero_grad()", "optimizer.zero_grad() "),
     "Response differs": (
         "\n\n\n@dataclass\nclass Response",
         "\n\n\n# new\n@dataclass\nclass Response",
     ),
-    "policy_loss differs": ("clip_low, 1 + clip_high", "clip_high, 1 + clip_low"),
-    "extra differs": ("\n\n# ---- Run\n", "\n\ndef extra():\n    pass\n\n\n# ---- Run\n"),
+    "policy_loss differs": (
+        "1 - clip_low, 1 + clip_high",
+        "1 - clip_high, 1 + clip_low",
+    ),
+    "extra differs": (
+        "\n\n# ---- Policy\n",
+        "\n\ndef extra():\n    pass\n\n\n# ---- Policy\n",
+    ),
     "end differs": ("main(tyro.cli(Config))", "main(tyro.cli(Config))\n# new"),
     "the default of kl_coef differs": ("kl_coef: float = 0.0", "kl_coef: float = 1e-3"),
     "check lost a line": (
-        "    if cfg.updates_per_step > cfg",
-        "    if  cfg.updates_per_step > cfg",
+        "    if cfg.updates_per_step >",
+        "    if  cfg.updates_per_step >",
     ),
     "the settings differ": ("    steps: int =", "    paces: int ="),
 }
@@ -119,15 +157,17 @@ def test_planted_drift_is_found(pair, sentence):
     first, second = read(pair)
     changed = second.replace(*PLANTED[sentence], 1)
     assert changed != second
-    found = drift(first, changed, SEAMS[pair][0], ADDED_SETTINGS[pair])
-    assert sentence in found or f"{sentence.split()[0]} differs" in found  # check is a seam once
+    assert sentence in drift(first, changed, SEAMS[pair][0], ADDED_SETTINGS[pair])
 
 
 @pytest.mark.parametrize("pair", SEAMS)
 def test_a_changed_order_and_a_seam_that_closed_are_found(pair):
     first, second = read(pair)
     parts = blocks(second)
-    swapped = parts | {"micro_batches": parts["load_policy"], "load_policy": parts["micro_batches"]}
+    last, swapped = SEAMS[pair][0][-1], dict(parts)
+    swapped["micro_batches"] = parts["load_policy"]
+    swapped["load_policy"] = parts["micro_batches"]
     seams, added = SEAMS[pair][0], ADDED_SETTINGS[pair]
-    assert drift(first, "".join(swapped.values()), seams, added) == ["the order differs"]
-    assert f"{seams[-1]} does not differ" in drift(first, first, seams, added)
+    found = drift(first, "".join(swapped.values()), seams, added)
+    assert found == ["the order differs"]
+    assert f"{last} does not differ" in drift(first, first, seams, added)
