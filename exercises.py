@@ -92,9 +92,9 @@ def check_1(folder, name):
     """Prop. 1 (20 minutes, 1 mark): `weights` in allocator.py.
 
     Eq. 7 asks for the nᵢ of sum N that make Σᵢ 1/(1 + α/pᵢ^β) · Gᵢ²/(pᵢ nᵢ) least. In
-    real numbers a Lagrange multiplier finds them: nᵢ = N wᵢ / Σₗ wₗ. Return the wᵢ in
-    the scale in which Eq. 7 is Σᵢ wᵢ²/nᵢ. A problem that is never solved (pᵢ = 0) has
-    weight 0, without a warning. Arguments may be lists.
+    real numbers a Lagrange multiplier finds them: nᵢ = N wᵢ / Σₗ wₗ. Return the wᵢ, an
+    array, in the scale in which Eq. 7 is Σᵢ wᵢ²/nᵢ. A problem that is never solved,
+    pᵢ = 0, has weight 0, without a warning. Arguments may be lists.
     """
     weights = load(folder, "allocator").weights
     rates = np.array([0.02, 0.1, 0.3, 0.5, 0.9, 1.0])
@@ -109,7 +109,7 @@ def check_1(folder, name):
             "rise with pᵢ where Eq. 7 falls": norms * np.sqrt(rates),
         }
         # At the best nᵢ, Eq. 7 falls at one slope, whoever gets more.
-        counts = 100 * np.asarray(yours) / np.sum(yours)
+        counts = 100 * yours / yours.sum()
         slopes = factors / counts**2
         where = f"α = {alpha}, β = {beta}, weights"
         if np.ptp(slopes) > 1e-6 * slopes.max():
@@ -178,7 +178,7 @@ def check_3(folder, name):
     is worth `prior` pilots, and its mean is the accept rate of all pilots of the batch.
     p̂ᵢ is the posterior's mean; with prior 0 it is the share. Ĝᵢ is grad_norms[i] if a
     pilot was accepted. Elsewhere it is 1 - p̂ᵢ in the others' scale: times the ratio of
-    Σ Ĝ to Σ (1 - p̂) over problems with an accepted pilot.
+    Σ Ĝ to Σ (1 - p̂) over problems with an accepted pilot. Return p̂ and Ĝ, two arrays.
 
     With prior 0 a problem without one weighs 0: it is dropped. `dropped(rates, pilots)`
     is the share of problems expected to be, if problem i is solved at rate rates[i].
@@ -254,16 +254,17 @@ def check_4(folder, name):
         cfg = gvm_raft.Config(temperature=temperature, tokens_per_batch=24)
         yours = gvm_raft.gradient_norms(policy, groups, cfg)
 
-        exact = copy.deepcopy(policy).double()
+        exact = copy.deepcopy(policy).cpu().double()
         rows = [exact_squares(exact, r, temperature) for r in responses]
         squares, apart = np.array(rows).T
         cold = np.array([exact_squares(exact, r, 1.0) for r in responses])[:, 0]
-        truth = np.sqrt(mean_over(right, squares))
+        truth, all_of_them = np.sqrt(mean_over(right, squares)), np.ones(len(right))
         suspects = {
             "are those of temperature 1": np.sqrt(mean_over(right, cold)),
             "lack a factor 1/T": truth * temperature,
             "are means of norms, not root mean squares": mean_over(right, squares**0.5),
-            "count rejected responses": np.sqrt(mean_over(right * 0 + 1, squares)),
+            "count rejected responses": np.sqrt(mean_over(all_of_them, squares)),
+            "divide by all responses": np.sqrt(mean_over(all_of_them, right * squares)),
             "leave out what two tokens share": np.sqrt(mean_over(right, apart)),
         }
         compare(f"T = {temperature}, G", yours, truth, suspects, rtol)
@@ -288,9 +289,9 @@ def small_policy(gvm_raft):
         prompt, size = [k, 5, 12 - k][: 1 + k % 3], 1 + 7 * k % 11
         settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         ids = policy.generate(torch.tensor([prompt]), max_new_tokens=size, **settings)
-        responses.append(gvm_raft.Response(k // 3, prompt, seed=0, reward=reward))
-        responses[k].token_ids = ids[0, -size:].tolist()
-    return policy, responses
+        drawn = {"token_ids": ids[0, -size:].tolist(), "logprobs": [], "reward": reward}
+        responses.append(gvm_raft.Response(k // 3, prompt, seed=0, **drawn))
+    return policy.to(gvm_raft.DEVICE), responses
 
 
 def exact_squares(policy, response, temperature):
@@ -442,7 +443,7 @@ def check_7(folder, name):
 
 # Defects of gvm_raft.py: the right text, the wrong one; what shows it, and how
 DEFECTS = {
-    "A": ("logits[b, start - 1 : end - 1]", "logits[b, start:end]"),
+    "A": ("output.logits[b, place]", "output.logits[b, 1:][place]"),
     "B": (".float() / cfg.temperature", ".float()"),
     "C": ("        sampler.load(policy)", "        pass"),
     "D": (", kept=pilots)", ")"),

@@ -144,7 +144,13 @@ MISTAKES = [
     ("3", "answers.py", "(1 - np.array(rates))", "(1 - np.mean(rates))", "their mean"),
     ("3", "answers.py", "np.mean((1", "np.sum((1", "yours is 4.1"),
     ("4", "gvm_raft.py", " / cfg.temperature**2", "", "lack a factor 1/T"),
-    ("4", "gvm_raft.py", "for r in group if r.reward]", "for r in group]", "rejected"),
+    (
+        "4",
+        "gvm_raft.py",
+        "maximum(count_accepted(groups)",
+        "maximum(list(map(len, groups))",
+        "divide by all",
+    ),
     (
         "4",
         "gvm_raft.py",
@@ -178,7 +184,7 @@ MISTAKES = [
         "answers.py",
         "allocate(roots[objective]",
         "allocate(roots[objective]**2",
-        "∝",
+        "times the least",
     ),
     ("8", "hunt/answer.json", '"log-1": "', '"log-1": "B ', "log-1 is not B"),
     ("8", "hunt/answer.json", '"alice"', '"bob"', "answer of 'bob'"),
