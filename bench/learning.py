@@ -299,13 +299,13 @@ def report_accuracy(curves):
 def report_needs(curves):
     """Prints what the arms need to come as far as the first."""
     first, *_ = curves.values()
+    rows = []
     for column, cost in enumerate(COSTS, start=1):
-        rows = []
         for name, runs in curves.items():
             cells = [need_cell(first, runs, column, share) for share in LEVELS]
-            rows.append([name, *cells])
-        header = [f"to {share:.0%} of the gain" for share in LEVELS]
-        print_table(f"**Needed: {cost}**", ["arm", *header], rows)
+            rows.append([name, cost, *cells])
+    header = ["arm", "in", *(f"{share:.0%}" for share in LEVELS)]
+    print_table("**Needed to shares of the first arm's gain**, [95%]", header, rows)
 
 
 def need_cell(first, runs, column, share):
@@ -318,11 +318,12 @@ def need_cell(first, runs, column, share):
     base, mine = needs(first, runs, column, share)
     if not np.isfinite(mine):
         return "not reached"
+    digits = ",.0f" if mine >= 10 else ".1f"
     if runs is first or base == 0 or mine == 0:  # 0: the start is there already
-        return f"{mine:,.0f}"
+        return f"{mine:{digits}}"
     with np.errstate(all="ignore"):  # without some seeds it may not be reached
         ratio = np.exp(jackknife(log_ratio, len(runs)))
-    return f"{mine:,.0f}, {bracket(ratio, '.2f', 'x')}"
+    return f"{mine:{digits}}, {bracket(ratio, '.2f', 'x')}"
 
 
 def draw(curves, out):

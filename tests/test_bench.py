@@ -76,7 +76,7 @@ def test_an_arm_twice_as_fast_needs_half():
     first = curves([[0.1, 0.3, 0.5, 0.7, 0.9], [0.3, 0.4, 0.5, 0.6, 0.7]])
     fast = curves([[0.1, 0.5, 0.9, 0.9, 0.9], [0.3, 0.5, 0.7, 0.7, 0.7]])
     assert learning.needs(first, fast, 1, share=0.5) == pytest.approx((2, 1))
-    assert learning.need_cell(first, fast, 1, share=0.5) == "1, 2.00x [2.00, 2.00]"
+    assert learning.need_cell(first, fast, 1, share=0.5) == "1.0, 2.00x [2.00, 2.00]"
     assert (
         learning.need_cell(fast, first * [[[1]] * 5 + [[0.5]]], 1, 1) == "not reached"
     )
