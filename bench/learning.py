@@ -86,8 +86,8 @@ def read_arm(text, extra=""):
         raise SystemExit(f"arm '{text}': there is no script {script}")
 
     sys.path.insert(0, str(script.parent))  # where its allocator lies
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location("arm", script)
+    module = sys.modules["arm"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.path.pop(0)
     if not {"Config", "check"} <= vars(module).keys():
@@ -106,8 +106,13 @@ def make_key(sources, settings):
     """A hash of the program, the settings, the problems and the model."""
     data = [Path(settings.problems), Path(settings.eval_problems)]
     model = sorted(Path(settings.model).glob("*"))
-    total = hashlib.sha256(json.dumps(asdict(settings)).encode())
-    for path in filter(Path.is_file, sources + data + model):
+    return digest(sources + data + model, json.dumps(asdict(settings)))
+
+
+def digest(files, text=""):
+    """A hash of a text and of those files that are there."""
+    total = hashlib.sha256(text.encode())
+    for path in filter(Path.is_file, files):
         with open(path, "rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()[:10]
@@ -148,6 +153,9 @@ def train(arm, seed, folder, children):
     if make_key(arm.sources, arm.settings) != arm.key:
         shutil.rmtree(folder)
         raise SystemExit(f"'{arm.name}', or what it reads, changed while it ran")
+    config = json.loads((folder / "config.json").read_text())
+    config["source"] = digest(arm.sources)  # plot.py keeps sources apart
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 
@@ -257,11 +265,11 @@ def print_table(title, header, rows):
         print(f"| {' | '.join(map(str.ljust, row, widths))} |")
 
 
-def bracket(values, form):
-    """A mean and its interval, as text."""
-    mean, low, high = values
+def bracket(values, form, unit=""):
+    """A value and its interval, as text."""
+    value, low, high = values
     both = f" [{low:{form}}, {high:{form}}]" if np.isfinite(high) else ""
-    return f"{mean:{form}}{both}"
+    return f"{value:{form}}{unit}{both}"
 
 
 def report_accuracy(curves):
@@ -291,13 +299,13 @@ def report_accuracy(curves):
 def report_needs(curves):
     """Prints what the arms need to come as far as the first."""
     first, *_ = curves.values()
+    rows = []
     for column, cost in enumerate(COSTS, start=1):
-        rows = []
         for name, runs in curves.items():
             cells = [need_cell(first, runs, column, share) for share in LEVELS]
-            rows.append([name, *cells])
-        header = [f"for {share:.0%} of the gain" for share in LEVELS]
-        print_table(f"**{cost.capitalize()} needed**", ["arm", *header], rows)
+            rows.append([name, cost, *cells])
+    header = ["arm", "in", *(f"{share:.0%}" for share in LEVELS)]
+    print_table("**Needed to shares of the first arm's gain**, [95%]", header, rows)
 
 
 def need_cell(first, runs, column, share):
@@ -310,11 +318,12 @@ def need_cell(first, runs, column, share):
     base, mine = needs(first, runs, column, share)
     if not np.isfinite(mine):
         return "not reached"
+    digits = ",.0f" if mine >= 10 else ".1f"
     if runs is first or base == 0 or mine == 0:  # 0: the start is there already
-        return f"{mine:,.0f}"
+        return f"{mine:{digits}}"
     with np.errstate(all="ignore"):  # without some seeds it may not be reached
         ratio = np.exp(jackknife(log_ratio, len(runs)))
-    return f"{mine:,.0f}, {bracket(ratio, '.2f')}x"
+    return f"{mine:{digits}}, {bracket(ratio, '.2f', 'x')}"
 
 
 def draw(curves, out):

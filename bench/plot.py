@@ -126,8 +126,8 @@ def draw_budget(axes, groups, at):
     for name, ((config, rows), *_) in groups.items():
         steps = {row["step"]: row for row in rows if "rates" in row}
         middle = list(steps)[len(steps) // 2 :][:1]
-        if missing := set(at) - set(steps):
-            print(f"{name} has no pilots in {missing}")
+        for step in set(at) - set(steps):
+            print(f"{name} has no pilots in step {step}")
         pairs += [(name, config, steps[k]) for k in at or middle if k in steps]
 
     for number, (name, config, row) in enumerate(pairs):
