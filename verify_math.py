@@ -38,7 +38,7 @@ SIGNS = r"""
 \right~ \large~ \Large~ \displaystyle~ \inf~\infty \infinity~\infty ∞~\infty ±~\pm
 \mp~\pm ½~\frac12 ⅓~\frac13 ⅔~\frac23 ¼~\frac14 ¾~\frac34 √~\sqrt ∛~\sqrt[3] −~- –~-
 ⁻~- ÷~/ ⁄~/ ∶~: ×~* ·~* ⋅~* ≤~\le ≥~\ge ⩽~\le ⩾~\ge ≠~\ne ≈~= ≡~= ∪~\cup ∩~\cap
-∈~\in ∅~\emptyset ∨~or ∧~and α~\alpha π~\pi θ~\theta ℝ~\mathbb{R} 、~, 。~. 或~,or, 和~,"""
+∈~\in ∅~\emptyset ∨~or ∧~and π~\pi θ~\theta ℝ~\mathbb{R} 、~, 。~. 或~,or, 和~,"""
 SIGNS = dict(f"{pair} ".split("~") for pair in SIGNS.split())
 # Units and their synonyms; the first of a group is what they are compared by.
 UNITS = r"""
@@ -54,7 +54,6 @@ MANY = {"dozen": 12, "thousand": 1000, "million": 10**6, "billion": 10**9}
 FONT = r"(?:text\w*|[mh]box|math(?:rm|bf|it|sf)|boldsymbol|bm|underline|operatorname)"
 TYPED = r"arc\w{3}|sin|cos|tan|cot|log|ln|exp|gcd|sqrt|pi|floor|inf(?:ty|inity)?"
 SIGN = r"\\[a-zA-Z]+|[<>!]=|\*\*|\\?%|[^\0-\x7f]"
-
 SPELLING = [  # (pattern, replacement), in this order; each with an example
     (r"([⁻⁰¹²³⁴-⁹ⁿ]+)", r"^{\1}"),  # x⁻² -> x^{-2}
     (r"([₀-₉ₙ]+)", r"_{\1}"),  # x₁ -> x_{1}
@@ -76,6 +75,7 @@ SPELLING = [  # (pattern, replacement), in this order; each with an example
     (r"(\\sqrt(?:\[\d+\])?) *(?:(\w)|\(([^()]*)\))", r"\1{\2\3}"),  # \sqrt2
     (r"(\\sqrt\[[3579]\]\{)-(\d+\})", r"-\1\2"),  # \sqrt[3]{-8} -> -\sqrt[3]{8}
     (r"([_^]) ?(?:(-?\d+|\w)|\(([^()]*)\))", r"\1{\2\3}"),  # 2^10 -> 2^{10}
+    # 3 x 10^8 -> 3*10^{8}
     (r"(?<=\d)(?:[eE]\+?(-?\d{1,3})(?![\d.])| ?x ?10\^\{(-?\d+)\})", r"*10^{\1\2}"),
     (r"(\.\d*)\\(?:overline|bar) ?\{(\d+)\}", lambda m: m[1] + 20 * m[2]),  # 0.\bar{3}
     (r"(?<=[\])]) *(?:U|or) *(?=[(\[][^()]*,)", r"\\cup "),  # (1,4) or (5,6)
@@ -93,6 +93,7 @@ SPELLING = [  # (pattern, replacement), in this order; each with an example
     (r"cubic ([^\W\d_]+)", r"\1^{3}"),  # 5 cubic feet -> 5 ft^{3}
     (r"(?<=[a-z}]) per (?=[a-z])", "/"),  # 5 miles per hour -> 5 mi/h
     (r"(?<=\d) ?\\frac\{ ?([a-z]+) ?\}\{ ?([a-z]+) ?\}", r" \1/\2"),  # 5\frac{km}{h}
+    # 5 centimeters -> 5 cm
     (rf"(?<![^\W\d_]|\\)({UNIT})(?:s|\.)?(?: old)?(?![^\W\d_])", lambda m: UNITS[m[1]]),
     (r" +(?![ \w])|(?<![\w})\]']) +", ""),  # 2 + 3 apples -> 2+3 apples
     (r"^\{([^{}\\]*)\}$", r"\1"),  # {1,2} -> 1,2
@@ -276,10 +277,9 @@ def verify_batch(responses: list, golds: list, timeout: float = 5.0) -> list[boo
 
 def decide(answer, gold, timeout=5.0):
     """The verdict and what decided it, in this process or else in a worker."""
-    try:
+    with suppress(NotImplementedError):
         return judge(answer, gold)
-    except NotImplementedError:
-        return ask(answer, gold, timeout), "solve"
+    return ask(answer, gold, timeout), "solve"
 
 
 def ask(answer, gold, timeout):
