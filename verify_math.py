@@ -101,7 +101,7 @@ SPELLING = [  # (pattern, replacement), in this order; each with an example
 ]
 SPELLING = [(re.compile(pattern), new) for pattern, new in SPELLING]
 POWERS = rf"(?:{UNIT})(?:\^\{{-?\d\}})?"
-POWERS = rf"({POWERS}(?:[/* ]{POWERS})*|(?<=\d)[A-F]*_\{{\d+\}})"  # a unit, or a base
+POWERS = rf"((?>{POWERS}(?:[/* ]{POWERS})*)|(?<=\d)[A-F]*_\{{\d+\}})"  # or a base
 MEASURE = re.compile(rf"(.*?)(?:(?:(?<=[\d}})\]]) ?|(?<=\w) (?=\S\S)){POWERS})?")
 DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
 FRACTION = re.compile(rf"\\frac\{{(-?{DECIMAL})\}}\{{(-?{DECIMAL})\}}")
@@ -193,7 +193,7 @@ def same(a, b):
         return same_value(sides[1], golds[1]) if sides[0] == golds[0] else solve(a, b)
     sides, golds = (split(re.sub(NAME, "", text), "=") for text in (a, b))
     # False comes before True: every side has to agree.
-    return min(same_value(x, y) for x in sides for y in golds)
+    return min((same_value(x, y) for x in sides for y in golds), default=(False, ""))
 
 
 def same_value(a, b):

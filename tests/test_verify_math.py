@@ -35,7 +35,7 @@ WORDINGS = [
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
 CASES = read(ROOT / "tests" / "verify_cases.jsonl")
@@ -335,7 +335,8 @@ BOMBS = {
     "regex, blanks": "\\boxed{1" + " " * 990 + "x}",
     "regex, signs": "\\boxed{" + "\\pm" * 320 + "}",
     "regex, commas": "\\boxed{" + "1,234" * 190 + "}",
-    "regex, units": "\\boxed{5" + " km/h" * 190 + "}",
+    "regex, units": "\\boxed{6" + " km/h" * 190 + "}",
+    "regex, units and more": "\\boxed{5" + " km/h" * 190 + "!}",
     "hanging integral": SLOW_TEXT,
     "long sum": r"\boxed{\sum_{k=1}^{10^9} \sin(k!)}",
     "code": '\\boxed{__import__("os").system("kill -9 " + str(os.getppid()))}',
