@@ -95,7 +95,7 @@ SPELLING = [  # (pattern, replacement), in this order; each with an example
     (r"(?<=\d) ?\\frac\{ ?([a-z]+) ?\}\{ ?([a-z]+) ?\}", r" \1/\2"),  # 5\frac{km}{h}
     # 5 centimeters -> 5 cm
     (rf"(?<![^\W\d_]|\\)({UNIT})(?:s|\.)?(?: old)?(?![^\W\d_])", lambda m: UNITS[m[1]]),
-    (r" +(?![ \w])|(?<![\w})\]']) +", ""),  # 2 + 3 apples -> 2+3 apples
+    (r" +(?! |[^\W_])|(?<![\w})\]']) +", ""),  # 2 + 3 apples -> 2+3 apples
     (r"^\{([^{}\\]*)\}$", r"\1"),  # {1,2} -> 1,2
     (r"(?<![a-zA-Z\\_])(?<!_\{)i(?![a-zA-Z])", "(I)"),  # 3i -> 3(I)
 ]
@@ -107,9 +107,10 @@ DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
 FRACTION = re.compile(rf"\\frac\{{(-?{DECIMAL})\}}\{{(-?{DECIMAL})\}}")
 NUMBER = rf"([-+]*) ?(?:(\d+) (?=\d+/))?({DECIMAL})(?:[/:]({DECIMAL}))?"
 NUMBER = rf"{NUMBER}(?:\*10\^\{{([-+]?\d{{1,3}})\}})?(?: ({'|'.join(MANY)})s?)?"
-NAME = r"^(?![^=]*\\(?:frac|sqrt|sum|prod|log|sin|cos|tan))[A-Za-z\\(|][\w\\{}|'(), ]*="
+NAME = r"^(?![^=]*(?:not|\\(?:frac|sqrt|sum|log|sin|cos|tan)))[A-Za-z\\(|][^-=+*/^<>]*="
 CHOICE = r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:[).] ?((?!.*\b[A-J]\b)[^;,]*))?"
-WORDS = r"(?<![\\\w])(?![pv]mat)[A-Za-z]{3}|\d \d| [a-z]{2,} |\.\.\.|'|:.*:|[^\0-\x7f]"
+WORDS = r"(?<![\\\w])(?![pv]mat)[A-Za-z]{3}|\d \d| (?:\w{2,} |\w -?\d)|[\d)]_"
+WORDS += r"|\.\.\.|'|:.*:|[^\0-\x7f]"
 BOMB = r"(?s).{1000}|\d{5}[\s)}]*!|![\s)}]*!|(?:\^[\s{(]*\d+[\s)}]*){3}|\^\{?\d{5}"
 PLAIN = r"(?:[\w.,+\-*/(){}\[\]=^ ]|\\(?:frac|sqrt|pi|infty))*"
 NOT_NAME = r"\\[a-z]+|[^a-df-zA-HJ-Z,]"
@@ -215,9 +216,6 @@ def same_value(a, b):
             return False, "tuple"
         return min(same(*pair) for pair in zip(parts, golds, strict=True))
 
-    if a == b or re.search(WORDS, f"{a};{b}") or (a.isalpha() and b.isalpha()):
-        a, b = (re.sub(r"(?<!\d) | (?!\d)", "", text).casefold() for text in (a, b))
-        return a == b, "words"
     return solve(a, b)
 
 
@@ -233,7 +231,10 @@ def number(text):
 
 
 def solve(answer, gold):
-    """Ask math-verify, but for numbers that it would round; in a worker only."""
+    """Compare words here, and ask math-verify in a worker."""
+    a, b = (re.sub(r"(?<!\d) | (?!\d)", "", t) for t in (answer, gold))
+    if a == b or re.search(WORDS, f"{answer};{gold}") or (a.isalpha() and b.isalpha()):
+        return a.casefold() == b.casefold(), "words"
     if re.fullmatch(PLAIN, answer + gold):
         texts, golds = (re.split(rf"({DECIMAL})", text) for text in (answer, gold))
         changed = sum(float(x) != float(y) for x, y in zip(texts[1::2], golds[1::2]))
@@ -330,7 +331,6 @@ def serve(pipe):
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     pipe.send_bytes(b"ready")
-
     while True:
         answer, gold, timeout = json.loads(pipe.recv_bytes())
         verdict = False
