@@ -38,7 +38,7 @@ SIGNS = r"""
 \right~ \large~ \Large~ \displaystyle~ \inf~\infty \infinity~\infty ∞~\infty ±~\pm
 \mp~\pm ½~\frac12 ⅓~\frac13 ⅔~\frac23 ¼~\frac14 ¾~\frac34 √~\sqrt ∛~\sqrt[3] −~- –~-
 ⁻~- ÷~/ ⁄~/ ∶~: ×~* ·~* ⋅~* ≤~\le ≥~\ge ⩽~\le ⩾~\ge ≠~\ne ≈~= ≡~= ∪~\cup ∩~\cap
-∈~\in ∅~\emptyset ∨~or ∧~and α~\alpha π~\pi θ~\theta ℝ~\mathbb{R} 、~, 。~. 或~,or, 和~,"""
+∈~\in ∅~\emptyset ∨~or ∧~and π~\pi θ~\theta ℝ~\mathbb{R} 、~, 。~. 或~,or, 和~,"""
 SIGNS = dict(f"{pair} ".split("~") for pair in SIGNS.split())
 # Units and their synonyms; the first of a group is what they are compared by.
 UNITS = r"""
@@ -54,7 +54,6 @@ MANY = {"dozen": 12, "thousand": 1000, "million": 10**6, "billion": 10**9}
 FONT = r"(?:text\w*|[mh]box|math(?:rm|bf|it|sf)|boldsymbol|bm|underline|operatorname)"
 TYPED = r"arc\w{3}|sin|cos|tan|cot|log|ln|exp|gcd|sqrt|pi|floor|inf(?:ty|inity)?"
 SIGN = r"\\[a-zA-Z]+|[<>!]=|\*\*|\\?%|[^\0-\x7f]"
-
 SPELLING = [  # (pattern, replacement), in this order; each with an example
     (r"([⁻⁰¹²³⁴-⁹ⁿ]+)", r"^{\1}"),  # x⁻² -> x^{-2}
     (r"([₀-₉ₙ]+)", r"_{\1}"),  # x₁ -> x_{1}
@@ -76,6 +75,7 @@ SPELLING = [  # (pattern, replacement), in this order; each with an example
     (r"(\\sqrt(?:\[\d+\])?) *(?:(\w)|\(([^()]*)\))", r"\1{\2\3}"),  # \sqrt2
     (r"(\\sqrt\[[3579]\]\{)-(\d+\})", r"-\1\2"),  # \sqrt[3]{-8} -> -\sqrt[3]{8}
     (r"([_^]) ?(?:(-?\d+|\w)|\(([^()]*)\))", r"\1{\2\3}"),  # 2^10 -> 2^{10}
+    # 3 x 10^8 -> 3*10^{8}
     (r"(?<=\d)(?:[eE]\+?(-?\d{1,3})(?![\d.])| ?x ?10\^\{(-?\d+)\})", r"*10^{\1\2}"),
     (r"(\.\d*)\\(?:overline|bar) ?\{(\d+)\}", lambda m: m[1] + 20 * m[2]),  # 0.\bar{3}
     (r"(?<=[\])]) *(?:U|or) *(?=[(\[][^()]*,)", r"\\cup "),  # (1,4) or (5,6)
@@ -93,22 +93,24 @@ SPELLING = [  # (pattern, replacement), in this order; each with an example
     (r"cubic ([^\W\d_]+)", r"\1^{3}"),  # 5 cubic feet -> 5 ft^{3}
     (r"(?<=[a-z}]) per (?=[a-z])", "/"),  # 5 miles per hour -> 5 mi/h
     (r"(?<=\d) ?\\frac\{ ?([a-z]+) ?\}\{ ?([a-z]+) ?\}", r" \1/\2"),  # 5\frac{km}{h}
+    # 5 centimeters -> 5 cm
     (rf"(?<![^\W\d_]|\\)({UNIT})(?:s|\.)?(?: old)?(?![^\W\d_])", lambda m: UNITS[m[1]]),
-    (r" +(?![ \w])|(?<![\w})\]']) +", ""),  # 2 + 3 apples -> 2+3 apples
+    (r" +(?! |[^\W_])|(?<![\w})\]']) +", ""),  # 2 + 3 apples -> 2+3 apples
     (r"^\{([^{}\\]*)\}$", r"\1"),  # {1,2} -> 1,2
     (r"(?<![a-zA-Z\\_])(?<!_\{)i(?![a-zA-Z])", "(I)"),  # 3i -> 3(I)
 ]
 SPELLING = [(re.compile(pattern), new) for pattern, new in SPELLING]
 POWERS = rf"(?:{UNIT})(?:\^\{{-?\d\}})?"
-POWERS = rf"({POWERS}(?:[/* ]{POWERS})*|(?<=\d)[A-F]*_\{{\d+\}})"  # a unit, or a base
+POWERS = rf"((?>{POWERS}(?:[/* ]{POWERS})*)|(?<=\d)[A-F]*_\{{\d+\}})"  # or a base
 MEASURE = re.compile(rf"(.*?)(?:(?:(?<=[\d}})\]]) ?|(?<=\w) (?=\S\S)){POWERS})?")
 DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
 FRACTION = re.compile(rf"\\frac\{{(-?{DECIMAL})\}}\{{(-?{DECIMAL})\}}")
 NUMBER = rf"([-+]*) ?(?:(\d+) (?=\d+/))?({DECIMAL})(?:[/:]({DECIMAL}))?"
 NUMBER = rf"{NUMBER}(?:\*10\^\{{([-+]?\d{{1,3}})\}})?(?: ({'|'.join(MANY)})s?)?"
-NAME = r"^(?![^=]*\\(?:frac|sqrt|sum|prod|log|sin|cos|tan))[A-Za-z\\(|][\w\\{}|'(), ]*="
+NAME = r"^(?![^=]*(?:not|\\(?:frac|sqrt|sum|log|sin|cos|tan)))[A-Za-z\\(|][^-=+*/^<>]*="
 CHOICE = r"(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:[).] ?((?!.*\b[A-J]\b)[^;,]*))?"
-WORDS = r"(?<![\\\w])(?![pv]mat)[A-Za-z]{3}|\d \d| [a-z]{2,} |\.\.\.|'|:.*:|[^\0-\x7f]"
+WORDS = r"(?<![\\\w])(?![pv]mat)[A-Za-z]{3}|\d \d| (?:\w{2,} |\w -?\d)|[\d)]_"
+WORDS += r"|\.\.\.|'|:.*:|[^\0-\x7f]"
 BOMB = r"(?s).{1000}|\d{5}[\s)}]*!|![\s)}]*!|(?:\^[\s{(]*\d+[\s)}]*){3}|\^\{?\d{5}"
 PLAIN = r"(?:[\w.,+\-*/(){}\[\]=^ ]|\\(?:frac|sqrt|pi|infty))*"
 NOT_NAME = r"\\[a-z]+|[^a-df-zA-HJ-Z,]"
@@ -192,7 +194,7 @@ def same(a, b):
         return same_value(sides[1], golds[1]) if sides[0] == golds[0] else solve(a, b)
     sides, golds = (split(re.sub(NAME, "", text), "=") for text in (a, b))
     # False comes before True: every side has to agree.
-    return min(same_value(x, y) for x in sides for y in golds)
+    return min((same_value(x, y) for x in sides for y in golds), default=(False, ""))
 
 
 def same_value(a, b):
@@ -214,9 +216,6 @@ def same_value(a, b):
             return False, "tuple"
         return min(same(*pair) for pair in zip(parts, golds, strict=True))
 
-    if a == b or re.search(WORDS, f"{a};{b}") or (a.isalpha() and b.isalpha()):
-        a, b = (re.sub(r"(?<!\d) | (?!\d)", "", text).casefold() for text in (a, b))
-        return a == b, "words"
     return solve(a, b)
 
 
@@ -232,7 +231,10 @@ def number(text):
 
 
 def solve(answer, gold):
-    """Ask math-verify, but for numbers that it would round; in a worker only."""
+    """Compare words here, and ask math-verify in a worker."""
+    a, b = (re.sub(r"(?<!\d) | (?!\d)", "", t) for t in (answer, gold))
+    if a == b or re.search(WORDS, f"{answer};{gold}") or (a.isalpha() and b.isalpha()):
+        return a.casefold() == b.casefold(), "words"
     if re.fullmatch(PLAIN, answer + gold):
         texts, golds = (re.split(rf"({DECIMAL})", text) for text in (answer, gold))
         changed = sum(float(x) != float(y) for x, y in zip(texts[1::2], golds[1::2]))
@@ -276,10 +278,9 @@ def verify_batch(responses: list, golds: list, timeout: float = 5.0) -> list[boo
 
 def decide(answer, gold, timeout=5.0):
     """The verdict and what decided it, in this process or else in a worker."""
-    try:
+    with suppress(NotImplementedError):
         return judge(answer, gold)
-    except NotImplementedError:
-        return ask(answer, gold, timeout), "solve"
+    return ask(answer, gold, timeout), "solve"
 
 
 def ask(answer, gold, timeout):
@@ -330,7 +331,6 @@ def serve(pipe):
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     pipe.send_bytes(b"ready")
-
     while True:
         answer, gold, timeout = json.loads(pipe.recv_bytes())
         verdict = False
