@@ -111,7 +111,7 @@ def main(cfg):
     reference = load_policy(cfg.model, cfg, train=False) if cfg.kl_coef else None
     sampler.load(policy)
     if progress["step"] == 0:
-        log(folder, progress, evaluate(eval_problems, sampler, progress, cfg))
+        log(folder, progress | evaluate(eval_problems, sampler, progress, cfg))
 
     caught = []  # after SIGTERM or Ctrl-C the run ends with its step
     for number in signal.SIGTERM, signal.SIGINT:
@@ -127,9 +127,9 @@ def main(cfg):
 
         done = progress["step"] = step + 1
         progress["seconds"] += time.perf_counter() - start
-        log(folder, progress, describe(groups) | metrics)
+        log(folder, progress | describe(groups) | metrics)
         if done == cfg.steps or done % cfg.eval_every == 0:
-            log(folder, progress, evaluate(eval_problems, sampler, progress, cfg))
+            log(folder, progress | evaluate(eval_problems, sampler, progress, cfg))
         stop = sum_over_ranks([len(caught)])[0] > 0
         if done == cfg.steps or stop or done % cfg.save_every == 0:
             save(folder, policy, optimizer, tokenizer, done)
@@ -635,12 +635,12 @@ def load_trainer(checkpoint, cfg):
     return policy, optimizer
 
 
-def log(folder, progress, row):
+def log(folder, row):
     """Appends a row to metrics.jsonl and prints its line."""
     if RANK > 0:
         return
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(progress | row, default=np.ndarray.tolist) + "\n")
+        file.write(json.dumps(row, default=np.ndarray.tolist) + "\n")
 
     if "accuracy" in row:
         line = f"accuracy {row['accuracy']:.3f} ± {row['accuracy_se']:.3f} | pass@k "
@@ -649,14 +649,12 @@ def log(folder, progress, row):
         line = f"reward {row['reward']:.3f} | accept {row['accept']:.3f} | n "
         line += f"{min(row['counts']):2d}..{max(row['counts']):<3d} | bound "
         line += f"{row.get('bound', 1):.2f} | loss {row['loss']:+.3f} | grad "
-        line += f"{row['grad_norm']:.2f} | responses {progress['responses']:6,d}"
+        line += f"{row['grad_norm']:.2f} | responses {row['responses']:6,d}"
     if row.get("updates") == 0:
         line += " | no update: no response has weight"
     if row["truncated"] > 0.01:
         line += f" | truncated {row['truncated']:.2f}: raise --max-new-tokens?"
-    print(
-        f"step {progress['step']:3} | {line} | {progress['seconds']:.0f}s", flush=True
-    )
+    print(f"step {row['step']:4d} | {line} | {row['seconds']:.0f} s", flush=True)
 
 
 def sum_over_ranks(values):
