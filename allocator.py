@@ -2,13 +2,13 @@
 
 Problem i is solved at rate pᵢ, accepted responses have gradients of RMS norm Gᵢ, and nᵢ
 responses are drawn: the gradient estimate has a variance of at most Σᵢ Gᵢ²/(pᵢ nᵢ)
-(Lemma 1). Eq. 7 weighs down what is hardly ever solved. It asks for the least
+(Lemma 1). Eq. 7 weighs down what is hardly ever solved. With Σᵢ nᵢ = N, minimise
 
     Σᵢ 1/(1 + α/pᵢ^β) · Gᵢ²/(pᵢ nᵢ) = Σᵢ wᵢ²/nᵢ,    wᵢ² = Gᵢ²/(pᵢ + α/pᵢ^(β-1)).
 
 In real numbers nᵢ = N wᵢ / Σₗ wₗ does it (Prop. 1). In integers one response more gains
 wᵢ²/(nᵢ(nᵢ+1)), and taking the largest gains is best. Proof: a problem's gains shrink as
-it gets more, so the largest can be taken in order. No other N add up to more.
+it gets more, so the largest can be taken in order. No other N gains add up to more.
 
 >>> w = weights([0.25, 0.25, 0.25, 1.0], [2.0, 1.0, 0.5, 1.0], alpha=0)  # 4, 2, 1, 1
 >>> allocate(w, 32).tolist(), bound(w, [16, 8, 4, 4]), bound(w, [8, 8, 8, 8])
@@ -50,14 +50,14 @@ def allocate(weights, budget, *, minimum=0, maximum=None):
     while (many - few).max() > 1:
         price = np.sqrt(cheap * dear)
         counts = np.floor(np.sqrt(squares / price + 0.25) + 0.5)
-        counts = np.clip(counts, first, high)
+        counts = np.clip(counts, low, high)
         if counts.sum() > budget:
             many, cheap = counts, price
         else:
             few, dear = counts, price
 
     # One more for the largest next gains spends the rest. Ties: the lower index.
-    gains = (few < many) * squares / np.maximum(few * (few + 1), 0.5)
+    gains = (few < many) * squares / np.maximum(few * (few + 1), 1)
     best = np.argsort(-gains, kind="stable")
     counts = few.astype(int)
     counts[best[: int(budget) - counts.sum()]] += 1

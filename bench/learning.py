@@ -1,257 +1,369 @@
-r"""Does the budget of Prop. 1 learn more per response? Prints markdown tables, draws a figure.
+"""Which arm learns more per response? Compares scripts and settings over seeds.
 
-Every arm is a script with settings, trained on the tiny model once a seed; arms with the same seed
-see the same problems in the same order. Held-out accuracy is measured every other step, against
-all responses drawn for training (pilots counted), their tokens, and wall-clock seconds of the steps
-(evaluation not counted; runs that share a machine wait for each other).
+    python bench/learning.py raft.py gvm_raft.py "my_raft.py --prior 0.3" --seeds 5
 
-A mean curve joins the means over seeds, of both axes, of the evaluations. What an arm needs to a
-level is where its mean curve first crosses it, linear in between. Levels are the start plus 50%,
-80% and 95% of what RAFT (or --gain-of) gains in the run. The ratio is the baseline's need over the
-arm's: above 1 the arm is faster. Intervals: 95%, 2,000 bootstraps over seeds, the same seeds for
-arm and baseline.
+An arm is a command line; "GRPO: gvm_grpo.py --pilot-samples 0" names it. The others are
+compared with the first, seed by seed: runs of a seed see the same problems in order.
+Trains what is missing: a run stays in runs/learning/, known by a hash of its settings,
+script, allocator.py, verify_math.py, problems and model. Stopped, the same command goes
+on. Three arms with three seeds take some six minutes on two free cores.
 
-Run: python bench/learning.py [--seeds 10] [--ablation] [--budgets]   (10 seconds a run on a core)
-     python bench/learning.py --quick                     (two minutes on two cores, says little)
-A finished run is kept in runs/learning/ and not run again: remove it when a default has changed.
-
-A real model, on a machine with a GPU, after bench/warmup.py has left it in runs/warm:
-python bench/learning.py --seeds 3 --steps 40 --problems-per-step 64 --learning-rate 1e-5 \
-    --jobs 1 --eval-every 5 --out runs/real.png --extra="--model runs/warm \
-    --problems gsm8k_train.jsonl --eval-problems gsm8k_test.jsonl \
-    --max-new-tokens 256 --eval-samples 8"
+Prints, with 95% intervals of Student's t over seeds:
+  accuracy  at the end; where the arm that draws least ends; its mean up to there; and
+            the paired differences to the first arm;
+  needs     of the mean curves to shares of the first arm's gain, at the first crossing,
+            linear between evaluations. "2.00x": the first arm needs twice as much; the
+            interval of its logarithm is a jackknife's, which leaves a seed out of both
+            arms and covers about 95% in simulation.
+Draws the mean curves, with bands from the worst seed to the best. The csv beside the
+figure has its numbers; --from-csv prints and draws them again. Seconds are wall-clock,
+without evaluations; runs side by side wait for each other.
 """
 
+import csv
+import hashlib
+import importlib.util
 import json
 import os
-import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import tyro
 from matplotlib import pyplot as plt
+from plot import draw_band
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-ARMS = {  # arm: command line, the baseline it is compared with
-    "raft": ("raft.py", "raft"),
-    "gvm_raft": ("gvm_raft.py", "raft"),
-    "grpo": ("gvm_grpo.py --pilot-samples 0", "grpo"),
-    "gvm_grpo": ("gvm_grpo.py", "grpo"),
-}
-ABLATION = {  # gvm_raft's defaults are 1 pilot, re-used, prior 1, weighting algorithm1, 4 updates
-    "gvm_raft, 2 pilots": ("gvm_raft.py --pilot-samples 2", "raft"),
-    "gvm_raft, 4 pilots": ("gvm_raft.py --pilot-samples 4", "raft"),
-    "gvm_raft, prior 0": ("gvm_raft.py --prior 0", "raft"),
-    "gvm_raft, pilots thrown away": ("gvm_raft.py --no-reuse-pilot", "raft"),
-    "gvm_raft, the paper's recipe": (
-        "gvm_raft.py --no-reuse-pilot --prior 0 --pilot-samples 8",
-        "raft",
-    ),
-    "raft, token": ("raft.py --weighting token", "raft, token"),
-    "gvm_raft, token": ("gvm_raft.py --weighting token", "raft, token"),
-    "raft, reward": ("raft.py --weighting reward", "raft, reward"),
-    "gvm_raft, reward": ("gvm_raft.py --weighting reward", "raft, reward"),
-    "raft, 1 update": ("raft.py --updates-per-step 1", "raft, 1 update"),
-    "gvm_raft, 1 update": ("gvm_raft.py --updates-per-step 1", "raft, 1 update"),
-}
-BUDGETS = {
-    "rounds": ("bench/budgets.py --budget rounds", "raft"),
-    "remembered pilots": ("bench/budgets.py --budget pilots", "raft"),
-    "remembered responses": ("bench/budgets.py --budget responses", "raft"),
-}
-AXES = ("responses", "tokens", "seconds")
-LEVELS = (0.5, 0.8, 0.95)  # of the gain of --gain-of
-STYLES = {"raft": "#0072B2", "gvm_raft": "#D55E00", "grpo": "#CC79A7", "gvm_grpo": "#009E73"}
-STYLES |= {"rounds": "#000000", "remembered pilots": "#E69F00", "remembered responses": "#56B4E9"}
+SCRIPTS = ("raft.py", "gvm_raft.py", "gvm_grpo.py")
+# trained on: responses without the pilots that are thrown away
+COSTS = ("responses", "trained on", "tokens", "seconds")
+COLUMNS = ("step", *COSTS, "accuracy")
+RESPONSES = COLUMNS.index("responses")
+LEVELS = (0.5, 0.8, 0.95, 1.0)  # of the first arm's gain
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings; they name the folder of the runs."""
+    """Settings."""
 
-    seeds: int = 10  # runs per arm
-    ablation: bool = False  # the variants of gvm_raft as well
-    budgets: bool = False  # those of bench/budgets.py as well
-    quick: bool = False  # 2 seeds, 8 steps
-    only: str = ""  # arms with this in their name, and the baselines that are there
-    steps: int = 12  # E-steps and M-steps
-    problems_per_step: int = 16  # m; with many, the learning rate sets the pace, and not the noise
-    learning_rate: float = 3e-4  # of AdamW
-    eval_every: int = 2  # steps between evaluations, of one response per held-out problem
-    gain_of: Literal["raft", "grpo"] = "raft"  # the arm whose gain sets the levels
-    extra: str = ""  # more settings of the scripts for every run, as in --extra="--model runs/warm"
+    arms: tyro.conf.Positional[tuple[str, ...]] = SCRIPTS  # command lines
+    seeds: int = 3  # runs of each arm
+    first_seed: int = 0  # choose settings on other seeds than those you report
+    extra: str = ""  # settings of all arms, as in --extra="--steps 20"
     jobs: int = os.cpu_count() or 1  # runs at a time, of one thread each
-    folder: Path = ROOT / "runs" / "learning"  # of the run folders
-    out: Path = ROOT / "bench" / "learning.png"  # the figure
+    folder: Path = ROOT / "runs" / "learning"  # of the runs
+    out: Path = ROOT / "runs" / "learning.png"  # the figure, and its csv beside it
+    from_csv: Path | None = None  # draw this one again and run nothing
 
 
-def is_finished(folder, cfg):
-    """Whether the run was evaluated after its last step."""
+class Arm(NamedTuple):
+    """A command line, as its script understands it."""
+
+    name: str
+    command: list[str]
+    sources: list[Path]  # the files that are its program
+    settings: object  # its script's Config
+    key: str  # a hash of all that decides what it learns, but for the seed
+
+
+# ---- Arms and runs
+
+
+def read_arm(text, extra=""):
+    """The arm of a command line, judged by the script's own parser and its check."""
+    name, _, command = text.rpartition(": ")
+    script, *words = shlex.split(f"{command} {extra}")
+    script = ROOT / script
+    if not script.is_file():
+        raise SystemExit(f"arm '{text}': there is no script {script}")
+
+    sys.path.insert(0, str(script.parent))  # where its allocator lies
+    spec = importlib.util.spec_from_file_location("arm", script)
+    module = sys.modules["arm"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.pop(0)
+    if not {"Config", "check"} <= vars(module).keys():
+        raise SystemExit(f"arm '{text}': {script} is no copy of raft.py or the others")
+
+    settings = tyro.cli(module.Config, args=words, prog=script.name)
+    module.check(settings)
+    if settings.run_dir or settings.seed != module.Config.seed:
+        raise SystemExit(f"arm '{text}': learning.py sets --seed and --run-dir itself")
+    sources = [script, script.parent / "allocator.py", script.parent / "verify_math.py"]
+    command = [sys.executable, str(script), *words]
+    return Arm(name or text, command, sources, settings, make_key(sources, settings))
+
+
+def make_key(sources, settings):
+    """A hash of the program, the settings, the problems and the model."""
+    data = [Path(settings.problems), Path(settings.eval_problems)]
+    model = sorted(Path(settings.model).glob("*"))
+    return digest(sources + data + model, json.dumps(asdict(settings)))
+
+
+def digest(files, text=""):
+    """A hash of a text and of those files that are there."""
+    total = hashlib.sha256(text.encode())
+    for path in filter(Path.is_file, files):
+        with open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:10]
+
+
+def check_arms(arms):
+    """Refuses arms that cannot be told apart, or not be compared."""
+    for i, arm in enumerate(arms):
+        for other in arms[:i]:
+            if arm.key == other.key or arm.name == other.name:
+                both = f"'{other.name}' and '{arm.name}'"
+                raise SystemExit(f"{both} have one name, or one source and settings")
+        if arm.settings.eval_problems != arms[0].settings.eval_problems:
+            raise SystemExit(f"'{arm.name}': other --eval-problems than the first arm")
+
+
+def is_finished(folder, steps):
+    """Whether a run was evaluated after its last step."""
     file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return any(f'"step": {cfg.steps},' in line and '"accuracy"' in line for line in lines[-1:])
+    rows = file.read_text().splitlines() if file.is_file() else []
+    last = json.loads(rows[-1]) if rows else {}
+    return last.get("step") == steps and "accuracy" in last
 
 
-def run(command, seed, folder, cfg):
-    """Trains one arm with one seed, from the start."""
-    shutil.rmtree(folder, ignore_errors=True)
-    script, *settings = command.split()
-    settings += f"--steps {cfg.steps} --learning-rate {cfg.learning_rate} --seed {seed}".split()
-    settings += f"--problems-per-step {cfg.problems_per_step} --eval-samples 1".split()
-    settings += f"--eval-every {cfg.eval_every} --save-every 100000 {cfg.extra}".split()
+def train(arm, seed, folder, children):
+    """Trains an arm with a seed, from the last checkpoint if there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [*arm.command, "--seed", str(seed), "--run-dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    line = [sys.executable, ROOT / script, *settings, "--run-dir", folder]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"learning.py: {' '.join(map(str, line))} failed: {done.stderr[-500:]}")
-    shutil.rmtree(folder / "checkpoint")
-    shutil.rmtree(folder / "model")
+    with open(folder / "log.txt", "a") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        children.append(child)
+        child.wait()
+
+    if not is_finished(folder, arm.settings.steps):
+        end = (folder / "log.txt").read_text()[-500:]
+        raise SystemExit(f"'{arm.name}' with seed {seed} did not finish: ...{end}")
+    if make_key(arm.sources, arm.settings) != arm.key:
+        shutil.rmtree(folder)
+        raise SystemExit(f"'{arm.name}', or what it reads, changed while it ran")
+    config = json.loads((folder / "config.json").read_text())
+    config["source"] = digest(arm.sources)  # plot.py keeps sources apart
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
-def read(folder):
-    """[responses, tokens, seconds, accuracy] at every evaluation: [4, points]."""
-    points, seconds = [], 0.0
+def run_missing(arms, seeds, cfg):
+    """The folder of every arm and seed, after training what is not there."""
+    folders = {}
+    pool, children, waiting = ThreadPoolExecutor(cfg.jobs), [], []
+    for seed in seeds:
+        for arm in arms:
+            stem = arm.sources[0].stem
+            folder = folders[arm.name, seed] = cfg.folder / f"{stem}-{arm.key}-{seed}"
+            if not is_finished(folder, arm.settings.steps):
+                waiting.append(pool.submit(train, arm, seed, folder, children))
+
+    print(f"{len(folders) - len(waiting)} runs are there, {len(waiting)} are missing")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        for run in tqdm(as_completed(waiting), "runs", len(waiting), disable=None):
+            run.result()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in children:
+            child.terminate()  # what still runs saves itself after its step
+    return folders
+
+
+def read_points(folder):
+    """The evaluations of a run, the values of COLUMNS each."""
+    points, trained_on = [], 0
     for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        trained_on += sum(row.get("counts", []))
+        row["trained on"] = trained_on
         if "accuracy" in row:
-            points.append([row["responses"], row["tokens"], seconds, row["accuracy"]])
-        else:
-            seconds += sum(row["seconds"].values())
-    return np.array(points).T
+            points.append([round(row[name], 5) for name in COLUMNS])
+    return points
 
 
-def need(x, accuracy, level):
-    """Where the curve first reaches the level, linear between its points; inf if it never does."""
+def make_curves(table):
+    """{arm: [seeds, columns, points]} of rows of the csv."""
+    runs = {}
+    for arm, seed, *point in table:
+        runs.setdefault(arm, {}).setdefault(seed, []).append(point)
+    curves = {}
+    for arm, by_seed in runs.items():
+        curves[arm] = np.array([*by_seed.values()], float).swapaxes(1, 2)
+    return curves
+
+
+# ---- Statistics
+
+
+def t_quantile(freedom):
+    """The t that Student's distribution exceeds, on both sides together, in 5%."""
+    # With t = √ν tan θ its density is proportional to cos(θ)^(ν-1), |θ| < π/2.
+    edges = np.linspace(0, np.pi / 2, 100_001)
+    mass = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1))
+    angle = np.interp(0.95, mass / mass[-1], edges[1:])
+    return freedom**0.5 * np.tan(angle)
+
+
+def interval(values):
+    """The mean of values, one a seed, and its 95% interval; infinite with one seed."""
+    n, mean = len(values), np.mean(values)
+    half = np.inf if n < 2 else t_quantile(n - 1) * np.std(values, ddof=1) / n**0.5
+    return mean, mean - half, mean + half
+
+
+def jackknife(statistic, n):
+    """A statistic of the seeds, as a function of their places, and its 95% interval."""
+    seeds = np.arange(n)
+    value = statistic(seeds)
+    if n < 2:
+        return value, -np.inf, np.inf
+    others = np.array([statistic(seeds[seeds != i]) for i in seeds])
+    mean, low, high = interval(n * value - (n - 1) * others)
+    return value, value + low - mean, value + high - mean
+
+
+def need(costs, accuracy, level):
+    """What a curve costs until it first reaches a level; inf if it never does."""
     reached = np.flatnonzero(accuracy >= level)
     if reached.size == 0:
         return np.inf
-    i = reached[0]
-    low, high = accuracy[i - 1], accuracy[i]
-    return x[i - 1] + (x[i] - x[i - 1]) * (level - low) / (high - low) if i else x[0]
+    around = slice(max(reached[0] - 1, 0), reached[0] + 1)
+    return np.interp(level, accuracy[around], costs[around])
 
 
-def measures(curves, arm, baseline, levels):
-    """Final accuracy, mean accuracy, and need [axes, levels] of an arm, and how they compare."""
-    points = []
-    for name in (arm, baseline):
-        *x, accuracy = curves[name]
-        needs = np.array([[need(axis, accuracy, level) for level in levels] for axis in x])
-        points.append((accuracy[-1], np.trapezoid(accuracy, x[0]) / x[0][-1], needs))
-    (last, mean, needs), (base_last, base_mean, base_needs) = points
-    with np.errstate(invalid="ignore"):
-        gaps = [last - base_last, mean - base_mean]
-        return np.array([last, mean, *gaps, *needs.ravel(), *(base_needs / needs).ravel()])
+def needs(first, runs, column, share):
+    """What two arms' mean curves need to a share of the first one's gain."""
+    base, mine = first.mean(0), runs.mean(0)
+    start, end = base[-1, [0, -1]]
+    level = start + share * (end - start)
+    return need(base[column], base[-1], level), need(mine[column], mine[-1], level)
 
 
-def compare(runs, arms, cfg, draws=2000):
-    """{arm: (measures, low, high)} of the mean curves, bootstrapped over seeds."""
-    rng, samples = np.random.default_rng(0), {arm: [] for arm in arms}
-    for draw in range(draws + 1):
-        pick = rng.integers(cfg.seeds, size=cfg.seeds) if draw else np.arange(cfg.seeds)
-        curves = {arm: runs[arm][pick].mean(0) for arm in runs}
-        start, end = curves[cfg.gain_of][-1][[0, -1]]
-        levels = [start + share * (end - start) for share in LEVELS]
-        for arm in arms:
-            samples[arm].append(measures(curves, arm, (ARMS | ABLATION | BUDGETS)[arm][1], levels))
-    bounds = (0.025, 0.975)
-    return {
-        arm: np.array([s[0], *np.nanquantile(s[1:], bounds, axis=0, method="nearest")])
-        for arm, s in samples.items()
-    }
+# ---- Tables and figure
 
 
-def report(runs, arms, cfg):
-    """The markdown tables."""
-    results = compare(runs, arms, cfg)
-
-    def cell(arm, k, form, interval=True):
-        value, low, high = results[arm][:, k]
-        known = np.isfinite(value) and (k < 13 or value > 0)  # else a level is not reached
-        text = f"{value:{form}}" if known else "not reached" if k < 13 else "-"
-        both = interval and (ARMS | ABLATION | BUDGETS)[arm][1] != arm and known
-        return text + (f" [{low:{form}}, {high:{form}}]" if both else "")
-
-    def table(title, header, rows):
-        print(f"\n{title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
-        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
-
-    header = ["arm", "final accuracy", "difference", "mean over the run", "difference", *AXES]
-    totals = {arm: [f"{x:,.0f}" for x in runs[arm].mean(0)[:3, -1]] for arm in arms}
-    forms = [(0, ".3f", False), (2, "+.3f"), (1, ".3f", False), (3, "+.3f")]
-    rows = [[arm, *(cell(arm, *form) for form in forms), *totals[arm]] for arm in arms]
-    table(f"**Accuracy**, {cfg.seeds} seeds; differences to the baseline", header, rows)
-    for a, axis in enumerate(AXES):
-        heads = [(f"to {100 * level:.0f}%", "ratio") for level in LEVELS]
-        cells = {
-            arm: [
-                (cell(arm, k, ",.0f", False), cell(arm, k + 9, ".2f"))
-                for k in range(4 + 3 * a, 7 + 3 * a)
-            ]
-            for arm in arms
-        }
-        rows = [[arm, *chain(*cells[arm])] for arm in arms]
-        header = ["arm", *chain(*heads)]
-        table(f"**Needed to reach a share of the gain of {cfg.gain_of}**, in {axis}", header, rows)
+def print_table(title, header, rows):
+    """A table in markdown."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    print(f"\n{title}\n")
+    for row in [header, ["-" * width for width in widths], *rows]:
+        print(f"| {' | '.join(map(str.ljust, row, widths))} |")
 
 
-def draw(runs, arms, out):
-    """Mean curves with bootstrap bands, against the three axes."""
-    matplotlib.use("Agg")  # draws without a screen
-    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True, layout="constrained")
-    rng = np.random.default_rng(0)
-    for arm in arms:
-        seeds = len(runs[arm])
-        *x, accuracy = runs[arm].mean(0)
-        means = runs[arm][rng.integers(seeds, size=(500, seeds)), -1].mean(1)
-        low, high = np.quantile(means, (0.025, 0.975), axis=0)
-        for panel, axis in zip(panels, x):
-            panel.plot(axis, accuracy, color=STYLES[arm], lw=1.5, label=arm)
-            panel.fill_between(axis, low, high, color=STYLES[arm], alpha=0.2, lw=0)
-    for panel, name in zip(panels, AXES):
-        panel.set(xlabel=f"{name}, pilots included", xlim=(0, None))
-        panel.locator_params(axis="x", nbins=5)
-        panel.xaxis.set_major_formatter("{x:,.0f}")
-        panel.grid(alpha=0.25, lw=0.6)
-    panels[0].set(ylabel=f"held-out accuracy, {seeds} seeds")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=7, frameon=False)
+def bracket(values, form, unit=""):
+    """A value and its interval, as text."""
+    value, low, high = values
+    both = f" [{low:{form}}, {high:{form}}]" if np.isfinite(high) else ""
+    return f"{value:{form}}{unit}{both}"
+
+
+def report_accuracy(curves):
+    """Prints how accurate the arms become."""
+    first, *_ = curves.values()
+    shortest = min(runs[:, RESPONSES, -1].min() for runs in curves.values())
+    grid = np.linspace(0, shortest, 1001)
+
+    def measure(runs):
+        paths = np.array([np.interp(grid, run[RESPONSES], run[-1]) for run in runs])
+        return [runs[:, -1, -1], paths[:, -1], paths.mean(1)]
+
+    rows = []
+    for name, runs in curves.items():
+        cells = [name, *(f"{total:,.0f}" for total in runs.mean(0)[1:-1, -1])]
+        for values, base in zip(measure(runs), measure(first)):
+            gap = (
+                "" if runs is first else f", {bracket(interval(values - base), '+.3f')}"
+            )
+            cells.append(f"{values.mean():.3f}{gap}")
+        rows.append(cells)
+    at = f"{shortest:,.0f} responses"
+    header = ["arm", *COSTS, "accuracy at the end", f"at {at}", f"mean to {at}"]
+    print_table(f"**Accuracy**, {len(first)} seeds, and difference [95%]", header, rows)
+
+
+def report_needs(curves):
+    """Prints what the arms need to come as far as the first."""
+    first, *_ = curves.values()
+    rows = []
+    for column, cost in enumerate(COSTS, start=1):
+        for name, runs in curves.items():
+            cells = [need_cell(first, runs, column, share) for share in LEVELS]
+            rows.append([name, cost, *cells])
+    header = ["arm", "in", *(f"{share:.0%}" for share in LEVELS)]
+    print_table("**Needed to shares of the first arm's gain**, [95%]", header, rows)
+
+
+def need_cell(first, runs, column, share):
+    """A need, and how many times it goes into the first arm's."""
+
+    def log_ratio(seeds):
+        base, mine = needs(first[seeds], runs[seeds], column, share)
+        return np.log(base / mine)
+
+    base, mine = needs(first, runs, column, share)
+    if not np.isfinite(mine):
+        return "not reached"
+    digits = ",.0f" if mine >= 10 else ".1f"
+    if runs is first or base == 0 or mine == 0:  # 0: the start is there already
+        return f"{mine:{digits}}"
+    with np.errstate(all="ignore"):  # without some seeds it may not be reached
+        ratio = np.exp(jackknife(log_ratio, len(runs)))
+    return f"{mine:{digits}}, {bracket(ratio, '.2f', 'x')}"
+
+
+def draw(curves, out):
+    """Mean accuracy against the costs, with bands from the worst seed to the best."""
+    settings = {"figsize": (11, 4), "sharey": True, "layout": "constrained"}
+    figure, panels = plt.subplots(1, 3, **settings)
+    for panel, cost in zip(panels, ("responses", "tokens", "seconds")):
+        column = COLUMNS.index(cost)
+        for number, (name, runs) in enumerate(curves.items()):
+            draw_band(panel, runs[:, column], runs[:, -1], name, number)
+        panel.set(xlabel=f"{cost} of training")
+
+    panels[0].set(ylabel=f"held-out accuracy, {len(runs)} seeds")
+    labels = panels[0].get_legend_handles_labels()
+    columns = max(1, 100 // max(map(len, curves)))
+    figure.legend(*labels, loc="outside upper center", ncols=columns)
     figure.savefig(out, dpi=110)
-    print(f"\ndrew {out}")
 
 
 def main(cfg):
     """Runs what is missing, then reports."""
-    steps, seeds = (8, 2) if cfg.quick else (cfg.steps, cfg.seeds)
-    cfg = Config(**vars(cfg) | {"steps": steps, "seeds": seeds})
-    arms = ARMS | (ABLATION if cfg.ablation else {}) | (BUDGETS if cfg.budgets else {})
-    needed = ("raft", cfg.gain_of)
-    arms = {arm: value for arm, value in arms.items() if cfg.only in arm or arm in needed}
-    name = f"{steps}x{cfg.problems_per_step}-lr-{cfg.learning_rate:g}-every-{cfg.eval_every}"
-    place = cfg.folder / (name + re.sub(r"[^\w.]+", "-", cfg.extra))
-    folders = {
-        (arm, s): place / f"{arm}-{s}".replace(" ", "-") for s in range(seeds) for arm in arms
-    }
-    todo = [key for key, folder in folders.items() if not is_finished(folder, cfg)]
-    pool = ThreadPoolExecutor(cfg.jobs)
-    jobs = [pool.submit(run, arms[a][0], s, folders[a, s], cfg) for a, s in todo]
-    try:
-        for job in tqdm(jobs, desc="runs", disable=not jobs):
-            job.result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # one run failed: start no others
-    runs = {arm: np.array([read(folders[arm, s]) for s in range(seeds)]) for arm in arms}
-    report(runs, [arm for arm in arms if arms[arm][1] in runs], cfg)
-    if not cfg.only:
-        draw(runs, [arm for arm in STYLES if arm in runs], cfg.out)
+    if cfg.from_csv:
+        with open(cfg.from_csv, newline="") as file:
+            _, *table = csv.reader(file)
+    else:
+        arms = [read_arm(text, cfg.extra) for text in cfg.arms]
+        check_arms(arms)
+        seeds = range(cfg.first_seed, cfg.first_seed + max(cfg.seeds, 1))
+        table = []
+        for (name, seed), folder in run_missing(arms, seeds, cfg).items():
+            table += [[name, seed, *point] for point in read_points(folder)]
+        cfg.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(cfg.out.with_suffix(".csv"), "w", newline="") as file:
+            csv.writer(file).writerows([["arm", "seed", *COLUMNS], *table])
+
+    curves = make_curves(table)
+    report_accuracy(curves)
+    report_needs(curves)
+    draw(curves, cfg.out)
+    print(f"\ndrew {cfg.out}")
 
 
 if __name__ == "__main__":

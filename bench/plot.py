@@ -1,20 +1,22 @@
-"""Draws run folders: accuracy against responses, and the budget against the accept rate.
+"""Draws run folders: any metric as a curve, and where the budget of a step went.
 
-Left: held-out accuracy against all responses drawn so far, pilots counted. Runs that differ in the
-seed only are thin lines with their mean and a band from the worst to the best. A run without
-periodic evaluations shows the accept rate of its training responses as well, dotted.
-Right: the responses nᵢ that a problem got in a step against its accept rate pᵢ as the E-step
-estimated it (raft: as the responses themselves show it); a mark's area is the number of problems.
-The line is Proposition 1 for a problem of median Gᵢ in a middling step, its band spans the steps.
+    python bench/plot.py runs/* [--metric entropy] [--against tokens] [--at 1 20 40]
 
-Run: python bench/plot.py runs/* [--out FILE.png]
+Left: a metric of metrics.jsonl. Runs that differ in the seed only become their mean, in
+a band from the lowest to the highest; other settings or another source are a curve of
+their own, whose name says what differs. Metrics of a training step are those of the
+policy that it starts with, so they stand where the step starts.
+Right: the responses nᵢ that each problem got in a step against the weight wᵢ that its
+pilots' rate and norm give it, for the first run of each curve. The line is Prop. 1,
+nᵢ ∝ wᵢ, above what re-used pilots take: a script that follows it has its marks there.
+Takes seconds; prints what it drew and what it left out.
 """
 
 import json
 import sys
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -24,137 +26,148 @@ from matplotlib import pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from allocator import weights
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, and marks for readers on paper
-STYLES = {"raft": ("#0072B2", "s"), "gvm_raft": ("#D55E00", "o"), "gvm_grpo": ("#009E73", "^")}
-SPARE = [("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"), ("#999999", "*")]
-SAME = {"script", "seed", "run_dir", "resume", "steps", "eval_every", "save_every"}
+matplotlib.use("Agg")  # draws without a screen
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
+plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
+RUNS = Path(__file__).resolve().parent.parent / "runs"
+# Okabe and Ito's colours, which colour-blind readers tell apart
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def refuse(sentence):
-    """Wrong input: one sentence on stderr and exit code 2."""
-    print(f"plot.py: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
+@dataclass(frozen=True)
+class Config:
+    """Settings."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]  # of runs, as in runs/*
+    metric: str = "accuracy"  # of evaluations, or else of training steps
+    training: bool = False  # of training steps, where evaluations have it, too
+    against: Literal["responses", "tokens", "seconds", "step"] = "responses"
+    at: tuple[int, ...] = ()  # steps whose budget is drawn; none: one in the middle
+    out: Path = RUNS / "plot.png"  # its suffix is the format
 
 
-def read_run(folder):
-    """Settings and rows of metrics.jsonl; a last line that is still being written is left out."""
-    if not folder.is_dir():
-        refuse(f"{folder}: no such folder")
-    for name in ("config.json", "metrics.jsonl"):
-        if not (folder / name).is_file():
-            refuse(f"{folder} is no run folder: it holds no {name}")
-    try:
-        config = json.loads((folder / "config.json").read_text()) | {}
-        *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")
-        rows = [json.loads(line) | {} for line in lines]
-        curve(rows, config["script"] and "accuracy")
-    except (ValueError, KeyError, TypeError) as error:
-        refuse(f"{folder}: config.json or metrics.jsonl is damaged ({error!r})")
-    return (config, rows) if rows else refuse(f"{folder}: metrics.jsonl is empty")
+def read_runs(folders):
+    """(config, rows) of the folders that hold a run; the others are named."""
+    runs = []
+    for folder in folders:
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")
+            rows = [json.loads(line) for line in lines]  # a last half line is left out
+        except (OSError, ValueError):
+            print(f"left out {folder}: it holds no run, or a damaged one")
+            continue
+        if rows:
+            runs.append((config, rows))
+    if not runs:
+        raise SystemExit("none of these folders holds a run; name some, as in runs/*")
+    return runs
 
 
 def group_runs(runs):
-    """Rows of runs by label: the script, and the settings in which the runs of a script differ."""
+    """{name: runs}: a group is all that differ in nothing but the seed."""
+    own = ("seed", "run_dir")
+    kinds = [{k: v for k, v in config.items() if k not in own} for config, _ in runs]
     groups = {}
-    for config, rows in runs:
-        kin = [other for other, _ in runs if other["script"] == config["script"]]
-        differ = [k for k in config.keys() - SAME if any(c.get(k) != config[k] for c in kin)]
-        label = ", ".join([config["script"], *(f"{k} {config[k]}" for k in sorted(differ))])
-        groups.setdefault(label, (config, []))[1].append(rows)
+    for kind, run in zip(kinds, runs):
+        kin = [other for other in kinds if other["script"] == kind["script"]]
+        differ = [k for k in kind if any(other.get(k) != kind[k] for other in kin)]
+        settings = [f"--{k.replace('_', '-')} {kind[k]}" for k in differ]
+        groups.setdefault(" ".join([kind["script"], *settings]), []).append(run)
     return groups
 
 
-def curve(rows, name):
-    """[2, points]: the responses drawn before the policy was measured, and the measured values."""
-    before = [0, *(row["responses"] for row in rows)]  # a step measures, then learns
-    drawn = [b if "counts" in row else row["responses"] for b, row in zip(before, rows)]
-    return np.array([(x, row[name]) for x, row in zip(drawn, rows) if name in row]).reshape(-1, 2).T
+def find_curve(rows, cfg):
+    """[points, 2]: where a metric was measured, and its values."""
+    evaluations, steps = [], []
+    for row, before in zip(rows, rows[:1] + rows):
+        value = row.get(cfg.metric)
+        if "accuracy" in row and isinstance(value, (int, float)):
+            evaluations.append((row[cfg.against], value))
+        elif isinstance(value, (int, float)):
+            steps.append((before[cfg.against], value))
+    return np.array(steps if cfg.training or not evaluations else evaluations)
 
 
-def draw_accuracy(axes, label, runs, color, marker):
-    """Left: a line a run; with several, their mean and the band from the worst to the best."""
-    curves = [xy for xy in (curve(rows, "accuracy") for rows in runs) if xy.size]
-    for x, y in curves:
-        axes.plot(x, y, color=color, lw=0.8, alpha=0.5)
-    if curves:  # a run with two points says nothing about the way between them
-        curves = [xy for xy in curves if xy.shape[1] > 2] or curves
-        end = min(x[-1] for x, _ in curves)
-        grid = np.unique(np.concatenate([x[x <= end] for x, _ in curves]))
-        values = np.array([np.interp(grid, x, y) for x, y in curves])
-        name = label + f", mean of {len(curves)} runs" * (len(curves) > 1)
-        axes.plot(grid, values.mean(0), color=color, lw=2, marker=marker, alpha=0.85, label=name)
-        axes.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
-    sparse = [curve(rows, "accept") for rows in runs if curve(rows, "accuracy").shape[1] < 3]
-    for i, (x, y) in enumerate(sparse):
-        name = None if i else f"{label}, accepted in training"
-        axes.plot(x, y, color=color, lw=1.2, ls=":", label=name)
+def draw_band(axes, x, y, name, number):
+    """The mean of curves [runs, points], and a band from the lowest to the highest."""
+    look = {"color": COLOURS[number % 7], "ls": ("-", "--", ":")[number // 7 % 3]}
+    mean, low, high = y.mean(0), y.min(0), y.max(0)
+    axes.plot(x.mean(0), mean, label=name, **look)
+    axes.fill_between(x.mean(0), low, high, color=look["color"], alpha=0.15, lw=0)
+    axes.set_xlim(left=0)
+    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def draw_budget(axes, label, config, rows, color, marker):
-    """Right: nᵢ against pᵢ in all steps, and Proposition 1 at the median Gᵢ."""
-    pairs, scales = [], []
-    least = config.get("pilot_samples", 0) * config.get("reuse_pilot", 0)
-    penalty = {name: config[name] for name in ("alpha", "beta") if name in config}
-    for row in [row for row in rows if "counts" in row]:
-        count_P = np.array(row["counts"])
-        accept_P = np.array(row.get("accept_rates", row["accepted"] / count_P.clip(1)))
-        pairs += zip(accept_P.round(2), count_P)
-        # nᵢ = scale · Gᵢ / √(pᵢ + α / pᵢ^(β-1)) where no bound holds nᵢ; the median of scale · Gᵢ
-        free_P = (count_P > least) & (accept_P > 0)
-        if "accept_rates" in row and free_P.any():
-            scales.append(np.median(count_P[free_P] / weights(accept_P[free_P], 1.0, **penalty)))
-    if pairs:
-        spot, size = np.unique(pairs, axis=0, return_counts=True)
-        look = {"c": color, "marker": marker, "alpha": 0.45, "lw": 0, "label": label}
-        axes.scatter(*spot.T, 8 + 150 * size / size.max(), **look)
-    if scales:
-        p = np.linspace(0.001, 1, 1000)
-        curves = np.quantile(scales, [[0], [0.5], [1]]) * weights(p, 1.0, **penalty)
-        low, middle, high = curves.clip(least)
-        axes.plot(p, middle, color=color, lw=2, label="Proposition 1 at the median $G_i$")
-        axes.fill_between(p, low, high, color=color, alpha=0.1, lw=0)
+def draw_metric(axes, groups, cfg):
+    """Left: a curve a group."""
+    for number, (name, runs) in enumerate(groups.items()):
+        curves = [find_curve(rows, cfg) for _, rows in runs]
+        curves = [curve for curve in curves if len(curve)]
+        if not curves:
+            print(f"{name} has no {cfg.metric}")
+            continue
+        length = min(map(len, curves))  # of the run that has come least far
+        x, y = np.stack([curve[:length] for curve in curves]).transpose(2, 0, 1)
+        name += f", {len(curves)} runs" * (len(curves) > 1)
+        draw_band(axes, x, y, name, number)
+    if not axes.lines:
+        pairs = [pair for row in runs[0][1] for pair in row.items()]
+        known = sorted({key for key, x in pairs if isinstance(x, (int, float))})
+        raise SystemExit(f"--metric {cfg.metric}: there are {', '.join(known)}")
+    axes.set(xlabel=f"{cfg.against} of training", ylabel=cfg.metric)
+    axes.legend()
 
 
-def main(folders: Annotated[list[Path], tyro.conf.Positional], out: Path = Path("runs.png")):
-    """Draws run folders into one picture.
+def draw_budget(axes, groups, at):
+    """Right: the counts of steps against the weights of Proposition 1."""
+    pairs = []
+    for name, ((config, rows), *_) in groups.items():
+        steps = {row["step"]: row for row in rows if "rates" in row}
+        middle = list(steps)[len(steps) // 2 :][:1]
+        for step in set(at) - set(steps):
+            print(f"{name} has no pilots in step {step}")
+        pairs += [(name, config, steps[k]) for k in at or middle if k in steps]
 
-    Args:
-        folders: run folders, as in runs/*
-        out: the picture; its suffix chooses the format
-    """
-    if not folders:
-        refuse("name at least one run folder, as in runs/*")
-    if not out.parent.is_dir():
-        refuse(f"--out {out}: no such folder as {out.parent}")
-    groups, known = group_runs([read_run(folder) for folder in folders]), dict(STYLES)
-    matplotlib.use("Agg")  # draws without a screen
-    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    spare = iter(SPARE * len(groups))
-    for label, (config, runs) in groups.items():
-        style = known.pop(config["script"], None) or next(spare)
-        draw_accuracy(left, label, runs, *style)
-        draw_budget(right, label, config, list(chain(*runs)), *style)
-    left.set(xlabel="responses drawn so far, pilots included", ylabel="held-out accuracy")
-    left.set(xlim=(0, None), ylim=(0, 1.02))
-    left.xaxis.set_major_formatter("{x:,.0f}")
-    left.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-    right.set(xlabel="accept rate $p_i$ of a problem, as estimated", xlim=(-0.02, 1.03))
-    right.set(ylabel="responses $n_i$ to it in a step (log scale)")
-    right.set_yscale("symlog", base=2, linthresh=1, linscale=0.5)  # log with a place for nᵢ = 0
-    right.set_ylim(bottom=-0.2)
-    right.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-    right.yaxis.set_major_formatter("{x:.0f}")
-    for axes in [axes for axes in (left, right) if axes.get_legend_handles_labels()[0]]:
-        axes.grid(alpha=0.25, lw=0.6)
-        axes.legend(frameon=False, fontsize=9, loc="lower right" if axes is left else "upper left")
-    figure.get_layout_engine().set(wspace=0.06)
-    try:
-        figure.savefig(out, dpi=150)
-    except ValueError as error:  # an unknown suffix
-        refuse(f"--out {out}: {error}")
-    print(f"drew {len(folders)} runs into {out}")
+    for number, (name, config, row) in enumerate(pairs):
+        rates, counts = np.array(row["rates"]), np.array(row["counts"])
+        w = weights(rates, row["norms"], alpha=config["alpha"], beta=config["beta"])
+        least = config["pilot_samples"] * config["reuse_pilot"]
+        free = (counts > least) & (w > 0)
+        color = COLOURS[number % 7]
+        faces = np.where(rates < rates.mean(), "none", color)
+        axes.scatter(w, counts, 30, edgecolors=color, facecolors=faces, alpha=0.6)
+        if free.any():
+            x = np.geomspace(w[w > 0].min(), w.max(), 500)
+            y = np.maximum(least, counts[free].sum() / w[free].sum() * x)
+            axes.plot(x, y, color=color, label=f"{name}, step {row['step']}")
+
+    axes.set(xlabel="weight $w_i$ in the step", ylabel="responses $n_i$", xscale="log")
+    axes.set_yscale("symlog", base=2, linthresh=1)  # with a place for 0
+    axes.set_ylim(bottom=-0.3)
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.set_title(
+        "lines: Proposition 1; open: solved less often than the mean", size=10
+    )
+    if axes.lines:
+        axes.legend()
+
+
+def main(cfg):
+    """Draws what the folders hold."""
+    runs = read_runs(cfg.folders)
+    groups = group_runs(runs)
+    adaptive = any("rates" in row for _, rows in runs for row in rows)
+    size = {"figsize": (12 if adaptive else 7, 4.5), "layout": "constrained"}
+    figure, panels = plt.subplots(1, 1 + adaptive, squeeze=False, **size)
+    draw_metric(panels[0, 0], groups, cfg)
+    if adaptive:
+        draw_budget(panels[0, 1], groups, cfg.at)
+    cfg.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(cfg.out, dpi=130)
+    print(f"drew {len(runs)} runs into {cfg.out}")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main(tyro.cli(Config))

@@ -1,14 +1,13 @@
-"""Supervised warm-up of a small chat model on worked solutions, before it can learn from rewards.
+"""Can a chat model that never boxes a right answer be taught to, so that rewards come?
 
-A model such as SmolLM2-135M-Instruct almost never boxes a right answer, so that rejection sampling
-has nothing to accept. A few updates on GSM8K's training solutions teach the format and raise the
-accept rate to a few percent. Prompts are built as the scripts build them.
+Updates on the solutions that data/prepare.py keeps, 17 s each for 135M parameters on a
+CPU core. Prints the first and the last loss; --out is then a --model for learning.py.
 
-Run: python bench/warmup.py --model DIR --problems gsm8k_train.jsonl --out DIR
-     (JSON lines with problem, answer and solution; GSM8K's <<calculator>> marks are removed)
+Run: python bench/warmup.py --model NAME --problems gsm8k.jsonl --out runs/warm
 """
 
 import json
+import random
 import re
 import sys
 from dataclasses import dataclass
@@ -16,61 +15,66 @@ from pathlib import Path
 
 import torch
 import tyro
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gvm_raft import INSTRUCTION
+from verify_math import extract_answer
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings."""
-
-    model: str  # Hugging Face folder or hub name
-    problems: Path  # JSON lines with the columns problem, answer and solution
-    out: Path  # new folder for the warmed-up model
+    model: str  # folder or hub name of a chat model
+    problems: Path  # JSON lines with problem, answer and solution
+    out: Path  # new folder for the model
     updates: int = 100
     batch: int = 8  # solutions an update
-    longest: int = 160  # tokens; longer solutions are left out
     learning_rate: float = 3e-5
-    seed: int = 0
 
 
 def main(cfg):
-    """Plain cross-entropy on the solutions' tokens."""
+    with cfg.problems.open() as file:
+        rows = [row for row in map(json.loads, file) if row.get("solution")]
     if cfg.out.exists():
-        sys.exit(f"warmup.py: --out {cfg.out} exists already")
-    torch.manual_seed(cfg.seed)
+        raise SystemExit(f"--out {cfg.out} exists: name a new folder")
+    if not rows:
+        raise SystemExit(f"{cfg.problems}: no row has a solution to learn from")
+
     tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
-    pairs = []
-    for row in map(json.loads, cfg.problems.read_bytes().splitlines()):
-        message = {"role": "user", "content": f"{row['problem']}\n{INSTRUCTION}"}
-        prompt = tokenizer.apply_chat_template(
-            [message], add_generation_prompt=True, return_dict=False
-        )
-        solution = re.sub(r"<<.*?>>", "", row["solution"].split("####")[0]).strip()
-        response = tokenizer.encode(f"{solution}\n\\boxed{{{row['answer']}}}")
-        if len(response) < cfg.longest:
-            pairs.append((prompt, [*response, tokenizer.eos_token_id]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=0.0)
-    bar = trange(cfg.updates, desc="warm-up")
-    for _ in bar:
-        chosen = [pairs[i] for i in torch.randint(len(pairs), (cfg.batch,)).tolist()]
-        ids_BT = pad_sequence([torch.tensor(p + r) for p, r in chosen], True)
-        label_BT = pad_sequence([torch.tensor([-100] * len(p) + r) for p, r in chosen], True, -100)
-        loss = model(input_ids=ids_BT, labels=label_BT).loss
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0)
+
+    random.seed(0)
+    for update in trange(cfg.updates, disable=None):
+        batch = random.choices(rows, k=cfg.batch)
+        loss = sum(loss_of(row, model, tokenizer) for row in batch) / cfg.batch
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
+        if update in (0, cfg.updates - 1):
+            print(f"loss_of_update_{update + 1}: {loss.item():.3f}")
+
     model.save_pretrained(cfg.out)
     tokenizer.save_pretrained(cfg.out)
-    print(f"loss_after: {loss.item():.3f}")
+
+
+def loss_of(row, model, tokenizer):
+    """Cross-entropy per token of a solution with its box, after the scripts' prompt."""
+    # GSM8K marks calculations, <<48/2=24>>, and the answer, #### 24, but boxes nothing.
+    text = re.sub(r"<<.*?>>", "", row["solution"]).split("####")[0].strip()
+    if not extract_answer(text):
+        text += f"\n\\boxed{{{row['answer']}}}"
+    response = tokenizer.encode(text + tokenizer.eos_token, add_special_tokens=False)
+
+    chat = [{"role": "user", "content": f"{row['problem']}\n{INSTRUCTION}"}]
+    flags = {"add_generation_prompt": True, "return_dict": False}
+    prompt = tokenizer.apply_chat_template(chat, **flags)
+    ids = torch.tensor([prompt + response], device=model.device)
+    labels = torch.tensor([[-100] * len(prompt) + response], device=model.device)
+    return model(input_ids=ids, labels=labels).loss
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -19,10 +19,10 @@ The model gets there by ordinary pretraining on demonstrations, in two phases:
 1. skill  every rule for every symbol, so that it can compute all of them
 2. habit  the right rule with the symbol's own frequency, otherwise one of the others
 
-python tiny/make.py --overwrite                      # model/, train.jsonl, test.jsonl
-python tiny/make.py --check                          # makes them elsewhere and compares
-python tiny/make.py --histogram                      # accept rates of the test problems
-python tiny/make.py --mixture hard --out runs/hard   # other problems, for the same model
+python tiny/make.py --overwrite                     # model/, train.jsonl, test.jsonl
+python tiny/make.py --check                         # make them elsewhere and compare
+python tiny/make.py --histogram                     # accept rates of training problems
+python tiny/make.py --mixture hard --out runs/hard  # other problems for the same model
 
 Shapes: B responses, T tokens.
 """
@@ -90,8 +90,10 @@ BATCH, PEAK_RATE = 48, 3e-3
 INSTRUCTION = "\nLet's reason step by step and put the final answer within \\boxed{}."
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
 TEMPLATE = (
-    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<' + message['role'] + '>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
@@ -99,7 +101,7 @@ TEMPLATE = (
 @dataclass(frozen=True)
 class Config:
     out: Path = TINY  # folder of model/, train.jsonl and test.jsonl
-    mixture: Literal["default", "even", "sixty", "nearly-solved", "hard"] = "default"
+    mixture: Literal[*MIXTURES] = "default"  # how many problems of which symbols
     overwrite: bool = False  # replace files that exist
     check: bool = False  # make everything again elsewhere and compare it with `out`
     histogram: bool = False  # measure accept rates, print them, draw acceptance.png
@@ -168,7 +170,7 @@ def make_problems(mixture):
 
 
 def make_tokenizer():
-    """One token a character, and one for each role, the box's opening, the instruction."""
+    """One token a character, a role, the opening of the box, and the instruction."""
     characters = ["\n", *map(chr, range(32, 127))]
     vocabulary = {token: i for i, token in enumerate(SPECIAL + characters)}
 
@@ -192,7 +194,7 @@ def make_tokenizer():
 
 
 def make_model(tokenizer):
-    """Three Llama layers, 0.35 M parameters; vLLM's kernels need heads of at least 32."""
+    """A small Llama; its heads have the 32 dimensions that vLLM's kernels need."""
     torch.manual_seed(0)
     ends = {
         "eos_token_id": tokenizer.eos_token_id,
@@ -243,7 +245,7 @@ def demonstrate(problem, phase, rng):
 
 
 def make_batch(phase, held_out, rng):
-    """Problems outside the test set, all symbols alike, and a demonstration for each."""
+    """Problems of all symbols, none of the test set, and a demonstration for each."""
     problems = []
     while len(problems) < BATCH:
         problem = make_problem(rng.choice(list(HABITS)), rng)
@@ -318,9 +320,9 @@ def write_model(folder, held_out):
 
 
 def write(cfg):
-    """Both problem files and, with the default mixture, the model: it serves them all."""
+    """Both problem files and, for the default mixture, the model, which serves all."""
     if cfg.mixture != "default" and cfg.out.resolve() == TINY:
-        raise SystemExit(f"--mixture {cfg.mixture} needs a folder of its own: add --out")
+        raise SystemExit(f"--mixture {cfg.mixture} needs a folder: add --out")
     for name in ("train.jsonl", "test.jsonl", "model"):
         if (cfg.out / name).exists() and not cfg.overwrite:
             raise SystemExit(f"{cfg.out / name} exists: add --overwrite to replace it")
@@ -338,34 +340,39 @@ def check(cfg, tolerance=1e-3):
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder)
         write(replace(cfg, out=made))
-        paths = [path for path in made.rglob("*") if path.suffix in (".jsonl", ".json")]
-        names = sorted(str(path.relative_to(made)) for path in paths)
-        differing = [
-            name
-            for name in names
-            if (made / name).read_bytes() != (cfg.out / name).read_bytes()
-        ]
-        difference = 0.0
-        if cfg.mixture == "default":
-            new = load_file(made / "model/model.safetensors")
-            old = load_file(cfg.out / "model/model.safetensors")
-            difference = max((new[name] - old[name]).abs().max().item() for name in old)
 
-    print(f"compared: {', '.join(names)}\ndiffering: {', '.join(differing) or 'none'}")
-    print(f"largest difference of a weight: {difference:.2e} ({tolerance:.0e} allowed)")
-    if differing or difference > tolerance:
-        raise SystemExit("check: failed")
-    print("check: passed")
+        # config.json holds the version of transformers, so it is not compared.
+        names = ["train.jsonl", "test.jsonl"]
+        if cfg.mixture == "default":
+            names += ["model/tokenizer.json", "model/tokenizer_config.json"]
+            names += ["model/chat_template.jinja", "model/model.safetensors"]
+        differing = [name for name in names if differs(made, cfg.out, name, tolerance)]
+
+    print(f"compared: {', '.join(names)}")
+    if differing:
+        raise SystemExit(f"check failed: other in {cfg.out}: {', '.join(differing)}")
+    print("check passed")
+
+
+def differs(made, kept, name, tolerance):
+    """Whether a file that was made again is another; weights may be off by a little."""
+    if not name.endswith(".safetensors"):
+        return (made / name).read_bytes() != (kept / name).read_bytes()
+
+    new, old = load_file(made / name), load_file(kept / name)
+    difference = max((new[key] - old[key]).abs().max().item() for key in old)
+    print(f"largest difference of a weight: {difference:.1e} ({tolerance:.0e} allowed)")
+    return difference > tolerance
 
 
 # ---- Accept rates
 
 
-def accept_rates(cfg, rows):
-    """The accept rate at temperature 1 of every problem."""
+def accept_rates(folder, rows, samples):
+    """The accept rate at temperature 1 of every problem, for the model in a folder."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(cfg.out / "model")
-    tokenizer = AutoTokenizer.from_pretrained(cfg.out / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
 
     rates = []
     for row in tqdm(rows, desc="sampling", disable=None):
@@ -375,31 +382,35 @@ def accept_rates(cfg, rows):
             do_sample=True,
             top_k=0,
             max_new_tokens=40,
-            num_return_sequences=cfg.samples,
+            num_return_sequences=samples,
         )
-        texts = tokenizer.batch_decode(token_BT, skip_special_tokens=True)
+        responses = tokenizer.batch_decode(token_BT, skip_special_tokens=True)
         box = f"\\boxed{{{row['answer']}}}"
-        rates.append(sum(text.endswith(box) for text in texts) / cfg.samples)
+        rates.append(sum(text.endswith(box) for text in responses) / samples)
     return rates
 
 
 def histogram(cfg):
-    """Print and draw how the accept rates are spread over the test problems."""
+    """Print and draw how the accept rates are spread over the training problems."""
     import matplotlib.pyplot as plt
 
-    lines = (cfg.out / "test.jsonl").read_text().splitlines()
+    has_model = (cfg.out / "model").exists()
+    lines = (cfg.out / "train.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    rates = accept_rates(cfg, rows)
+    rates = accept_rates((cfg.out if has_model else TINY) / "model", rows, cfg.samples)
 
+    print("symbol  rule  habit  problems  accept rate")
     for symbol, habit in HABITS.items():
         own = [rate for row, rate in zip(rows, rates) if row["problem"][1] == symbol]
-        print(f"{symbol}  rule {MEANING[symbol]}  habit {habit:.2f}  accept rate {sum(own) / len(own):.3f}")
+        mean = sum(own) / len(own)
+        rule, number = MEANING[symbol], len(own)
+        print(f"{symbol:>6} {rule:>5} {habit:6.2f} {number:9} {mean:12.3f}")
 
-    edges = [0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01]
+    edges = [0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01]
     for low, high in itertools.pairwise(edges):
         count = sum(low <= rate < high for rate in rates)
-        print(f"p {low:.2f} to {min(high, 1):.2f} {count:4d} {'#' * (count // 4)}")
-    print(f"mean: {sum(rates) / len(rates):.3f}")
+        print(f"p {low:.2f} to {min(high, 1):.2f} {count:4} {'#' * (count // 10)}")
+    print(f"mean {sum(rates) / len(rates):.3f}")
 
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     axes.hist(rates, bins=[i / 40 for i in range(41)])
@@ -411,6 +422,10 @@ def histogram(cfg):
 def main(cfg):
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+
+    if (cfg.check or cfg.histogram) and not (cfg.out / "train.jsonl").exists():
+        raise SystemExit(f"{cfg.out} holds no train.jsonl: make it first")
+
     if cfg.check:
         check(cfg)
     elif cfg.histogram:
