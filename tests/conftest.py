@@ -37,11 +37,12 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def process_group():
-    """A process group of one, for what is sharded or gathered; its device."""
+    """A process group of one, for what is sharded or gathered."""
     import gvm_raft
 
     with restored():
-        yield gvm_raft.start_processes(gvm_raft.Config())
+        gvm_raft.start_processes()
+        yield
 
 
 @contextlib.contextmanager

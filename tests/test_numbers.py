@@ -3,7 +3,6 @@
 import copy
 import math
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -121,13 +120,13 @@ def test_an_epoch_shows_every_problem_once_in_an_order_of_its_own():
 def test_micro_batches_share_all_responses_within_the_limit(
     monkeypatch, world, count, limit
 ):
-    rng = np.random.default_rng(count)
+    rng, cfg = np.random.default_rng(count), Config(tokens_per_batch=limit)
     responses = [random_response(rng) for _ in range(count)]
     monkeypatch.setattr(gvm_raft, "WORLD", world)
     shares = []
     for rank in range(world):
         monkeypatch.setattr(gvm_raft, "RANK", rank)
-        shares.append(gvm_raft.micro_batches(responses, limit))
+        shares.append(gvm_raft.micro_batches(responses, cfg))
     assert len(set(map(len, shares))) == 1  # the ranks step together
     micros = flat(shares)
     assert sorted(map(id, flat(micros))) == sorted(map(id, responses))
@@ -179,7 +178,7 @@ def start():
 def policy(process_group, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     random_model().save_pretrained(folder)
-    return gvm_raft.load_policy(folder, CONFIG, process_group)
+    return gvm_raft.load_policy(folder, CONFIG)
 
 
 @pytest.fixture
@@ -223,8 +222,11 @@ def gradient(monkeypatch, policy):
 
     def gradient(groups, cfg=CONFIG, script=gvm_raft, reference=None):
         clip, recorder = torch.nn.utils.clip_grad_norm_, Recorder(policy)
-        unclipped = partial(clip, max_norm=math.inf)
-        monkeypatch.setattr(script, "clip_grad_norm_", lambda w, _: unclipped(w))
+
+        def unclipped(weights, _, **settings):
+            return clip(weights, math.inf, **settings)
+
+        monkeypatch.setattr(script, "clip_grad_norm_", unclipped)
         metrics = script.update(policy, reference, recorder, groups, cfg)
         (found,) = recorder.gradients
         return found, metrics

@@ -11,10 +11,20 @@ import pytest
 import torch
 from conftest import SERVER, finish
 
-LENGTHS = [[3, 12, 5], [1], [7, 7], [2, 9, 4, 11]]  # tokens of the responses, by problem
+LENGTHS = [
+    [3, 12, 5],
+    [1],
+    [7, 7],
+    [2, 9, 4, 11],
+]  # tokens of the responses, by problem
 REWARDS = {
     "many": [[1, 0, 1], [1], [0, 1], [0, 0, 1, 0]],
-    "one": [[0, 1, 0], [0], [0, 0], [0, 0, 0, 0]],  # all but one process have nothing to do
+    "one": [
+        [0, 1, 0],
+        [0],
+        [0, 0],
+        [0, 0, 0, 0],
+    ],  # all but one process have nothing to do
 }
 
 
@@ -23,11 +33,17 @@ def make_responses(module, rewards):
     rng = np.random.default_rng(0)
 
     def draw(length, reward):
-        prompt_ids, ids = rng.integers(104, size=5).tolist(), rng.integers(104, size=length)
+        prompt_ids, ids = (
+            rng.integers(104, size=5).tolist(),
+            rng.integers(104, size=length),
+        )
         logprobs = rng.normal(-4.6, 0.2, length).astype("f4")
         return module.Response(prompt_ids, ids, logprobs, float(reward))
 
-    return [[draw(*pair) for pair in zip(*lists)] for lists in zip(LENGTHS, REWARDS[rewards])]
+    return [
+        [draw(*pair) for pair in zip(*lists)]
+        for lists in zip(LENGTHS, REWARDS[rewards])
+    ]
 
 
 def save_gradient(script, settings, rewards, environ, path):
@@ -38,13 +54,17 @@ def save_gradient(script, settings, rewards, environ, path):
     cfg = replace(module.Config(), updates_per_step=1, **settings)
     device = module.start_processes(cfg)
     policy = module.load_policy(cfg, device)
-    reference = module.load_policy(cfg, device).requires_grad_(False) if cfg.kl_coef else None
+    reference = (
+        module.load_policy(cfg, device).requires_grad_(False) if cfg.kl_coef else None
+    )
     clip, gradients = module.clip_grad_norm_, []
     module.clip_grad_norm_ = lambda weights, _: clip(weights, float("inf"))
 
     class Recorder:
         def step(self):
-            gradients.extend(p.grad.full_tensor().flatten() for p in policy.parameters())
+            gradients.extend(
+                p.grad.full_tensor().flatten() for p in policy.parameters()
+            )
 
         def zero_grad(self):
             pass
@@ -62,7 +82,12 @@ def gradient(world, folder, script, settings, rewards):
         free.bind(("127.0.0.1", 0))
         port, started = free.getsockname()[1], []
     for rank in range(world):
-        environ = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+        environ = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "MASTER_PORT": port,
+        }
         environ = {k: str(v) for k, v in environ.items()} | {"MASTER_ADDR": "127.0.0.1"}
         arguments = script, settings, rewards, environ, folder / f"{world}.pt"
         started.append(SERVER.Process(target=save_gradient, args=arguments))
@@ -79,8 +104,12 @@ def gradient(world, folder, script, settings, rewards):
         ("gvm_raft", {}, "one"),
     ],
 )
-def test_one_two_and_three_processes_find_the_same_gradient(tmp_path, script, settings, rewards):
-    one, two, three = (gradient(n, tmp_path, script, settings, rewards) for n in (1, 2, 3))
+def test_one_two_and_three_processes_find_the_same_gradient(
+    tmp_path, script, settings, rewards
+):
+    one, two, three = (
+        gradient(n, tmp_path, script, settings, rewards) for n in (1, 2, 3)
+    )
     assert one.norm() > 0
     assert (two - one).norm() / one.norm() < 1e-6
     assert (three - one).norm() / one.norm() < 1e-6
