@@ -8,10 +8,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from conftest import VOCABULARY, random_model
 
 import gvm_grpo
 import gvm_raft
@@ -20,7 +17,6 @@ from allocator import allocate, bound, estimate, weights
 from gvm_raft import Config, Problem, Response
 
 CONFIG = Config(updates_per_step=1)
-VOCABULARY = 29
 COUNTS = [3, 1, 2, 4]  # responses to each of the problems of an update
 
 
@@ -135,17 +131,6 @@ def test_micro_batches_share_all_responses_within_the_limit(
 
 
 # ---- Updates
-
-
-def random_model(tied=False, scale=4.0, noise=0.0):
-    """A small model in float32 that is sure of nothing."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": VOCABULARY}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied)).eval()
-    for weight in model.parameters():
-        weight.data = scale * weight.data + noise * torch.randn_like(weight)
-    return model
 
 
 def logprobs(model, response, temperature=1.0):

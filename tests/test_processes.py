@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import SERVER, environments, finish
+from conftest import SERVER, VOCABULARY, environments, finish, random_model
 
 LENGTHS = [[3, 12, 5], [1], [7, 7], [2, 9, 4, 11]]  # tokens of responses, by problem
 REWARDS = {
@@ -22,9 +22,9 @@ def make_groups(module, rewards):
     for i, (lengths, values) in enumerate(zip(LENGTHS, REWARDS[rewards])):
         groups.append([])
         for length, reward in zip(lengths, values):
-            prompt_ids = rng.integers(104, size=5).tolist()
-            ids = rng.integers(104, size=length).tolist()
-            logprobs = rng.normal(-4.6, 0.2, length).tolist()
+            prompt_ids = rng.integers(VOCABULARY, size=5).tolist()
+            ids = rng.integers(VOCABULARY, size=length).tolist()
+            logprobs = rng.normal(-3.4, 0.2, length).tolist()
             response = module.Response(i, prompt_ids, 0, ids, logprobs)
             response.reward = float(reward)
             groups[-1].append(response)
@@ -87,6 +87,8 @@ def numbers(world, folder, script, settings, rewards):
 def test_one_two_and_three_processes_find_the_same_numbers(
     tmp_path, script, settings, rewards
 ):
+    random_model().save_pretrained(tmp_path)
+    settings = settings | {"model": str(tmp_path)}
     arguments = tmp_path, script, settings, rewards
     gradient, norms = numbers(1, *arguments)
     assert gradient.norm() > 0 and norms.max() > 0
