@@ -77,7 +77,7 @@ class Config:
     clip_high: float = 0.28  # ε_high of Eq. 6
     kl_coef: float = 0.0  # weight of the divergence from the starting model
 
-    eval_samples: int = 4  # k of average@k and pass@k
+    eval_samples: int = 2  # k of average@k and pass@k
     eval_every: int = 5  # steps between evaluations
     save_every: int = 10  # steps between checkpoints
     seed: int = 0  # of all random numbers
@@ -436,12 +436,11 @@ def run_policy(policy, responses, cfg):
     # The padding is on the right, where causal attention does not look.
     ids_BT = rnn.pad_sequence(ids, batch_first=True).to(DEVICE)
     output = policy(ids_BT, use_cache=False, output_hidden_states=True)
-    rows = []
-    for b, response in enumerate(responses):
+    rows, columns = [], (ids_BT, output.logits, output.hidden_states[-1])
+    for response, ids_T, logit_TV, hidden_TD in zip(responses, *columns):
         place = slice(len(response.prompt_ids) - 1, len(response) - 1)
-        logit_TV = output.logits[b, place].float() / cfg.temperature
-        hidden_TD = output.hidden_states[-1][b, place].float()
-        rows.append((logit_TV, hidden_TD, ids_BT[b, 1:][place]))  # t predicts t + 1
+        logit_TV = logit_TV[place].float() / cfg.temperature  # of the next token
+        rows.append((logit_TV, hidden_TD[place].float(), ids_T[1:][place]))
     return rows
 
 
