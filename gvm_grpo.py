@@ -130,7 +130,7 @@ def main(cfg):
         log(folder, progress | describe(groups) | metrics)
         if done == cfg.steps or done % cfg.eval_every == 0:
             log(folder, progress | evaluate(eval_problems, sampler, progress, cfg))
-        stop = sum_over_ranks([len(caught)])[0] > 0
+        stop = sum_over_ranks([len(caught)])[0]
         if done == cfg.steps or stop or done % cfg.save_every == 0:
             save(folder, policy, optimizer, tokenizer, done)
         if stop:
@@ -261,7 +261,7 @@ def update(policy, reference, optimizer, groups, cfg):
     loss, kl, shift = sum_over_ranks(sums)
     metrics = {"loss": loss / cfg.updates_per_step, "kl": kl / max(tokens, 1)}
     metrics |= {"logp_shift": shift / max(tokens, 1), "updates": len(grad_norms)}
-    return metrics | {"grad_norm": np.mean(grad_norms or [0])}
+    return metrics | {"grad_norm": np.mean(grad_norms or 0)}
 
 
 # ---- Sampling
