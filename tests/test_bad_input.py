@@ -30,7 +30,11 @@ def refused(small, tmp_path, capsys):
             script.main(script.Config(**settings))
         out, error = capsys.readouterr()
         assert stop.value.code == 2 and "Traceback" not in out + error
-        assert error.count("\n") == 1 and error.startswith("script.py: ") and len(error) < 400
+        assert (
+            error.count("\n") == 1
+            and error.startswith("script.py: ")
+            and len(error) < 400
+        )
         assert sorted(tmp_path.rglob("*")) == before  # nothing written, nothing lost
         return error
 
@@ -100,9 +104,21 @@ FILES = [
         ["problem", "question, answer"],
     ),
     ("bad.jsonl", f'{GOOD_LINE}\n{{"problem": "1+1"}}\n', ["row 2", "answer"]),
-    ("bad.jsonl", f'{GOOD_LINE}\n{{"problem": "1+1", "answer": ""}}\n', ["row 2", "answer"]),
-    ("bad.jsonl", f'{GOOD_LINE}\n{{"problem": "1+1", "answer": null}}\n', ["row 2", "answer"]),
-    ("bad.jsonl", f'{GOOD_LINE}\n{{"problem": " ", "answer": "1"}}\n', ["row 2", "problem"]),
+    (
+        "bad.jsonl",
+        f'{GOOD_LINE}\n{{"problem": "1+1", "answer": ""}}\n',
+        ["row 2", "answer"],
+    ),
+    (
+        "bad.jsonl",
+        f'{GOOD_LINE}\n{{"problem": "1+1", "answer": null}}\n',
+        ["row 2", "answer"],
+    ),
+    (
+        "bad.jsonl",
+        f'{GOOD_LINE}\n{{"problem": " ", "answer": "1"}}\n',
+        ["row 2", "problem"],
+    ),
     ("bad.jsonl", "", ["no problem"]),
     ("bad.csv", "question,answer\n1+1,2\n", ["problem", "question, answer"]),
     ("bad.csv", "problem,answer\n1+1,2\n1+2,\n", ["answer", "empty"]),
@@ -122,7 +138,9 @@ def test_broken_files_are_refused(refused, tmp_path, name, text, named):
 
 
 def test_a_parquet_file_without_the_column_is_refused(refused, tmp_path):
-    pd.DataFrame(GOOD).rename(columns={"answer": "result"}).to_parquet(tmp_path / "bad.parquet")
+    pd.DataFrame(GOOD).rename(columns={"answer": "result"}).to_parquet(
+        tmp_path / "bad.parquet"
+    )
     assert "problem, result" in refused(problems=str(tmp_path / "bad.parquet"))
 
 
@@ -134,12 +152,20 @@ def test_a_folder_in_place_of_a_file_is_refused(refused, tmp_path):
 BROKEN_MODELS = {
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "cut weights": lambda folder: (folder / "model.safetensors").write_bytes(b"\x10"),
-    "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+    "no tokenizer": lambda folder: [
+        path.unlink() for path in folder.glob("tokenizer*")
+    ],
     "no config": lambda folder: (folder / "config.json").unlink(),
-    "cut config": lambda folder: (folder / "config.json").write_text('{"model_type": "ll'),
-    "unknown model": lambda folder: (folder / "config.json").write_text('{"model_type": "abacus"}'),
+    "cut config": lambda folder: (folder / "config.json").write_text(
+        '{"model_type": "ll'
+    ),
+    "unknown model": lambda folder: (folder / "config.json").write_text(
+        '{"model_type": "abacus"}'
+    ),
     "no chat template": lambda folder: (folder / "chat_template.jinja").unlink(),
-    "broken chat template": lambda folder: (folder / "chat_template.jinja").write_text("{% if %}"),
+    "broken chat template": lambda folder: (folder / "chat_template.jinja").write_text(
+        "{% if %}"
+    ),
 }
 
 
@@ -199,7 +225,9 @@ def test_help_explains_every_setting_with_its_comment(capsys, monkeypatch):
     text, source = capsys.readouterr().out, (ROOT / "gvm_raft.py").read_text()
     source = source.split("class Problem")[0]
     comments = dict(re.findall(r"^    (\w+): .* = .*  # (.*)$", source, re.MULTILINE))
-    assert stop.value.code == 0 and comments.keys() == Config.__dataclass_fields__.keys()
+    assert (
+        stop.value.code == 0 and comments.keys() == Config.__dataclass_fields__.keys()
+    )
     for name, comment in comments.items():
         assert f"--{name.replace('_', '-')}" in text
         assert re.sub(r"\W", "", comment) in re.sub(r"\W", "", text)
@@ -215,7 +243,10 @@ def test_csv_and_parquet_load_like_json_lines(tmp_path):
     pd.DataFrame(table).to_parquet(tmp_path / "p.parquet")
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     kinds = ("jsonl", "csv", "parquet")
-    loaded = [raft.load_problems(str(tmp_path / f"p.{k}"), tokenizer, raft.Config()) for k in kinds]
+    loaded = [
+        raft.load_problems(str(tmp_path / f"p.{k}"), tokenizer, raft.Config())
+        for k in kinds
+    ]
     assert loaded[0] == loaded[1] == loaded[2] and len(loaded[0]) == 3
 
 
@@ -233,7 +264,10 @@ def test_answers_may_be_numbers_and_columns_have_other_names(tmp_path):
 
 
 def test_long_problems_are_dropped_with_a_count(tmp_path, capsys):
-    lines = [{"problem": "1+1", "answer": "2"}, {"problem": "1" + "+1" * 50, "answer": "51"}]
+    lines = [
+        {"problem": "1+1", "answer": "2"},
+        {"problem": "1" + "+1" * 50, "answer": "51"},
+    ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     cfg = Config(max_prompt_tokens=40)

@@ -13,7 +13,10 @@ def test_it_measures_every_part_on_a_cpu():
     command = [sys.executable, ROOT / "bench" / "gpu.py", "--cpu", "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| quick tests | " in done.stdout and "| miniature | 16 | torch | " in done.stdout
+    assert (
+        "| quick tests | " in done.stdout
+        and "| miniature | 16 | torch | " in done.stdout
+    )
     for script in SCRIPTS:
         assert f"| {script}.py, torch | exit code 0, logp_shift " in done.stdout
 
@@ -34,4 +37,7 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(monkeypatch, capsys):
     assert stop.value.code == "gpu.py: failed: quick tests"
     printed = capsys.readouterr().out
     assert "| quick tests | FAILED: exit code 1: out of luck |" in printed
-    assert "| miniature | 16 | torch | 1 | 1 | 1 | - | 1.000 s | 4.0% | 0.0 GB |" in printed
+    assert (
+        "| miniature | 16 | torch | 1 | 1 | 1 | - | 1.000 s | 4.0% | 0.0 GB |"
+        in printed
+    )

