@@ -80,7 +80,7 @@ class Config:
     temperature: float = 1.0  # of sampling, in training and evaluation
     max_new_tokens: int = 64  # longest response
 
-    learning_rate: float = 4e-4  # of AdamW, constant
+    learning_rate: float = 4.5e-4  # of AdamW, constant
     updates_per_step: int = 4  # optimiser updates, on disjoint parts of the batch
     clip_low: float = 0.2  # ε_low of Eq. 6
     clip_high: float = 0.28  # ε_high of Eq. 6
