@@ -39,17 +39,17 @@ def refused(small, tmp_path):
 SETTINGS = [
     ({"temperature": 0.0}, "--temperature"),
     ({"temperature": -1.0}, "--temperature"),
-    ({"samples_per_problem": 0, "pilot_samples": 0}, "--samples-per-problem"),
+    ({"samples_per_problem": 0, "pilot_samples": 0}, "above 0"),
     ({"pilot_samples": 5}, "--pilot-samples"),
     ({"problems_per_step": 0}, "--problems-per-step"),
     ({"problems_per_step": 21}, "problems.jsonl"),
     ({"updates_per_step": 0}, "--updates-per-step"),
     ({"updates_per_step": 9}, "--updates-per-step"),
-    ({"max_new_tokens": 0}, "--max-new-tokens"),
-    ({"eval_samples": 0}, "--eval-samples"),
-    ({"eval_every": 0}, "--eval-every"),
-    ({"save_every": 0}, "--save-every"),
-    ({"max_prompt_tokens": 3}, "--max-prompt-tokens"),
+    ({"max_new_tokens": 0}, "above 0"),
+    ({"eval_samples": 0}, "above 0"),
+    ({"eval_every": 0}, "above 0"),
+    ({"save_every": 0}, "above 0"),
+    ({"max_prompt_tokens": 3}, "problems.jsonl"),
     ({"problems": "no/such.jsonl"}, "no/such.jsonl"),
     ({"eval_problems": "no/such.jsonl"}, "no/such.jsonl"),
     ({"eval_problems": Config.eval_problems}, "--eval-problems"),
@@ -101,7 +101,8 @@ FILES = {
 def test_broken_files_are_refused_with_their_line(refused, tmp_path, what):
     text, named = FILES[what]
     (tmp_path / "bad.jsonl").write_text(text)
-    sentence = refused(problems=str(tmp_path / "bad.jsonl"), problems_per_step=1)
+    settings = {"problems_per_step": 1, "updates_per_step": 1}
+    sentence = refused(problems=str(tmp_path / "bad.jsonl"), **settings)
     assert "bad.jsonl" in sentence and named in sentence, sentence
 
 
@@ -243,39 +244,26 @@ def test_long_problems_are_dropped_with_a_count(tmp_path, tokenizer, capsys):
 def test_a_prompt_has_one_token_of_beginning(tmp_path, tokenizer):
     """Where the template writes it, the tokenizer does not write it again."""
     shutil.copytree(MODEL, tmp_path / "model")
+    bos = tokenizer.pad_token
     path = tmp_path / "model" / "tokenizer.json"
     rules = json.loads(path.read_text())
-    begin = {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}
-    piece = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
     text = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
-    rules["added_tokens"].append(
-        {
-            "id": max(rules["model"]["vocab"].values()) + 1,
-            "content": "<bos>",
-            "special": True,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-        }
-    )
-    begin["ids"] = [rules["added_tokens"][-1]["id"]]
+    begin = {"id": bos, "ids": [tokenizer.pad_token_id], "tokens": [bos]}
     rules["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [piece, text[0]],
-        "pair": [piece, *text],
-        "special_tokens": {"<bos>": begin},
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, text[0]],
+        "pair": [{"SpecialToken": {"id": bos, "type_id": 0}}, *text],
+        "special_tokens": {bos: begin},
     }
     path.write_text(json.dumps(rules))
     path = tmp_path / "model" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<bos>"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": bos}))
     path = tmp_path / "model" / "chat_template.jinja"
     path.write_text("{{ bos_token }}" + path.read_text())
 
     changed = AutoTokenizer.from_pretrained(tmp_path / "model")
-    (bos,) = begin["ids"]
-    assert changed.bos_token_id == bos and changed.encode("1+1")[0] == bos
+    assert changed.encode("1+1") == [changed.bos_token_id, *tokenizer.encode("1+1")]
     (tmp_path / "p.jsonl").write_text(GOOD_LINE)
     (problem,) = read(tmp_path / "p.jsonl", changed)
     (plain,) = read(tmp_path / "p.jsonl", tokenizer)
-    assert problem.prompt_ids == [bos, *plain.prompt_ids]
+    assert problem.prompt_ids == [changed.bos_token_id, *plain.prompt_ids]
