@@ -13,8 +13,9 @@ Prints, with 95% intervals of Student's t over seeds:
             the paired differences to the first arm;
   needs     of the mean curves to shares of the first arm's gain, at the first crossing,
             linear between evaluations. "2.00x": the first arm needs twice as much; the
-            interval of its logarithm is a jackknife's, which leaves a seed out of both
-            arms and covers about 95% in simulation.
+            interval of the logarithm is a jackknife's, which leaves a seed out of both
+            arms and covers about 95% in simulation; it is left out where the level is
+            not reached without some seed.
 Draws the mean curves, with bands from the worst seed to the best. The csv beside the
 figure has its numbers; --from-csv prints and draws them again. Seconds are wall-clock,
 without evaluations; runs side by side wait for each other.
