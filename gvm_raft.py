@@ -295,7 +295,8 @@ def sample(batch, counts, sampler, progress, cfg, *, stream="train", kept=None):
             new.append(Response(i, problem.prompt_ids, int(seed), [], []))
 
     mine = new[RANK::WORLD]
-    sampler.draw(mine)
+    if mine:
+        sampler.draw(mine)
 
     ids = [r.token_ids for r in mine]
     texts = sampler.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -430,7 +431,7 @@ class VLLMSampler:
         )
         self.close = self.llm.llm_engine.engine_core.shutdown  # and the process group
         if cfg.sleep:
-            self.llm.sleep(level=1)
+            self.llm.sleep()
 
     def draw(self, responses):
         """Fills in the tokens and log-probabilities of responses."""
@@ -444,7 +445,7 @@ class VLLMSampler:
             response.logprobs = list(drawn.logprobs.logprobs)
             response.truncated = drawn.finish_reason == "length"
         if self.sleeps:  # the trainer needs the memory; the weights wait on the host
-            self.llm.sleep(level=1)
+            self.llm.sleep()
 
     def load(self, policy):
         """Streams the weights into the engine, which forgets prefixes of old ones."""
