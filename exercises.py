@@ -249,8 +249,7 @@ def check_4(folder, name):
         counts = np.bincount(places, chosen)
         return np.bincount(places, chosen * values) / np.maximum(counts, 1)
 
-    # At T = 0.06 the tokens are sure: in float32 their 1 - p has few digits left.
-    for temperature, rtol in [(1.0, 1e-4), (0.7, 1e-4), (0.06, 0.02)]:
+    for temperature in [1.0, 0.7, 0.06]:  # at the last one the policy is sure
         cfg = gvm_raft.Config(temperature=temperature, tokens_per_batch=24)
         yours = gvm_raft.gradient_norms(policy, groups, cfg)
 
@@ -267,7 +266,7 @@ def check_4(folder, name):
             "divide by all responses": np.sqrt(mean_over(all_of_them, right * squares)),
             "leave out what two tokens share": np.sqrt(mean_over(right, apart)),
         }
-        compare(f"T = {temperature}, G", yours, truth, suspects, rtol)
+        compare(f"T = {temperature}, G", yours, truth, suspects, rtol=1e-4)
 
 
 def small_policy(gvm_raft):

@@ -71,13 +71,13 @@ class Config:
     temperature: float = 1.0  # of sampling, in training and evaluation
     max_new_tokens: int = 64  # longest response
 
-    learning_rate: float = 4e-4  # of AdamW, constant
+    learning_rate: float = 4.5e-4  # of AdamW, constant
     updates_per_step: int = 4  # optimiser updates, on disjoint parts of the batch
     clip_low: float = 0.2  # ε_low of Eq. 6
     clip_high: float = 0.28  # ε_high of Eq. 6
     kl_coef: float = 0.0  # weight of the divergence from the starting model
 
-    eval_samples: int = 4  # k of average@k and pass@k
+    eval_samples: int = 2  # k of average@k and pass@k
     eval_every: int = 5  # steps between evaluations
     save_every: int = 10  # steps between checkpoints
     seed: int = 0  # of all random numbers
@@ -121,7 +121,7 @@ def main(cfg):
         log(folder, progress | describe(groups) | metrics)
         if done == cfg.steps or done % cfg.eval_every == 0:
             log(folder, progress | evaluate(eval_problems, sampler, progress, cfg))
-        stop = sum_over_ranks([len(caught)])[0] > 0
+        stop = sum_over_ranks([len(caught)])[0]
         if done == cfg.steps or stop or done % cfg.save_every == 0:
             save(folder, policy, optimizer, tokenizer, done)
         if stop:
@@ -214,7 +214,7 @@ def update(policy, reference, optimizer, groups, cfg):
     loss, kl, shift = sum_over_ranks(sums)
     metrics = {"loss": loss / cfg.updates_per_step, "kl": kl / max(tokens, 1)}
     metrics |= {"logp_shift": shift / max(tokens, 1), "updates": len(grad_norms)}
-    return metrics | {"grad_norm": np.mean(grad_norms or [0])}
+    return metrics | {"grad_norm": np.mean(grad_norms or 0)}
 
 
 # ---- Sampling
@@ -436,12 +436,11 @@ def run_policy(policy, responses, cfg):
     # The padding is on the right, where causal attention does not look.
     ids_BT = rnn.pad_sequence(ids, batch_first=True).to(DEVICE)
     output = policy(ids_BT, use_cache=False, output_hidden_states=True)
-    rows = []
-    for b, response in enumerate(responses):
+    rows, columns = [], (ids_BT, output.logits, output.hidden_states[-1])
+    for response, ids_T, logit_TV, hidden_TD in zip(responses, *columns):
         place = slice(len(response.prompt_ids) - 1, len(response) - 1)
-        logit_TV = output.logits[b, place].float() / cfg.temperature
-        hidden_TD = output.hidden_states[-1][b, place].float()
-        rows.append((logit_TV, hidden_TD, ids_BT[b, 1:][place]))  # t predicts t + 1
+        logit_TV = logit_TV[place].float() / cfg.temperature  # of the next token
+        rows.append((logit_TV, hidden_TD[place].float(), ids_T[1:][place]))
     return rows
 
 

@@ -136,8 +136,8 @@ def draw_budget(axes, groups, at):
         least = config["pilot_samples"] * config["reuse_pilot"]
         free = (counts > least) & (w > 0)
         color = COLOURS[number % 7]
-        faces = np.where(rates < rates.mean(), "none", color)
-        axes.scatter(w, counts, 30, edgecolors=color, facecolors=faces, alpha=0.6)
+        faces = np.where(rates < rates.mean(), "white", color)
+        axes.scatter(w, counts, 30, faces, edgecolors=color, alpha=0.7, zorder=3)
         if free.any():
             x = np.geomspace(w[w > 0].min(), w.max(), 500)
             y = np.maximum(least, counts[free].sum() / w[free].sum() * x)

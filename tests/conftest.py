@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["raft", "gvm_raft", "gvm_grpo"]
+VOCABULARY = 29  # of random_model
 # Tolerances are those of float32; bench/gpu.py tests a GPU. One thread is best.
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -37,11 +38,26 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def process_group():
-    """A process group of one, for what is sharded or gathered; its device."""
+    """A process group of one, for what is sharded or gathered."""
     import gvm_raft
 
     with restored():
-        yield gvm_raft.start_processes(gvm_raft.Config())
+        gvm_raft.start_processes()
+        yield
+
+
+def random_model(tied=False, scale=4.0, noise=0.0):
+    """A small model in float32 that is sure of nothing."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": VOCABULARY}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied)).eval()
+    for weight in model.parameters():
+        weight.data = scale * weight.data + noise * torch.randn_like(weight)
+    return model
 
 
 @contextlib.contextmanager
@@ -70,14 +86,15 @@ def run(script, **settings):
     printed = io.StringIO()
     with restored([f"{script}.py"]), contextlib.redirect_stdout(printed):
         module.main(module.Config(**settings))
-    return rows(settings["run_dir"]), printed.getvalue()
+    found = rows(settings["run_dir"]) if "run_dir" in settings else []
+    return found, printed.getvalue()
 
 
 def rows(folder):
     """The rows of metrics.jsonl but for their times."""
     found = []
     for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
-        found.append(json.loads(line))
+        found.append(json.loads(line, parse_constant=pytest.fail))  # no NaN
         found[-1].pop("seconds")
     return found
 

@@ -69,6 +69,7 @@ def test_a_level_is_reached_between_two_evaluations():
     assert learning.need(costs, accuracy, 0.4) == 10
     assert learning.need(costs, accuracy, 0.6) == pytest.approx(26)
     assert learning.need(costs, accuracy, 0.1) == 0
+    assert learning.need(costs, accuracy, 0.8 + 1e-12) == 30  # rounding is forgiven
     assert learning.need(costs, accuracy, 0.9) == np.inf
 
 
@@ -76,7 +77,7 @@ def test_an_arm_twice_as_fast_needs_half():
     first = curves([[0.1, 0.3, 0.5, 0.7, 0.9], [0.3, 0.4, 0.5, 0.6, 0.7]])
     fast = curves([[0.1, 0.5, 0.9, 0.9, 0.9], [0.3, 0.5, 0.7, 0.7, 0.7]])
     assert learning.needs(first, fast, 1, share=0.5) == pytest.approx((2, 1))
-    assert learning.need_cell(first, fast, 1, share=0.5) == "1.0, 2.00x [2.00, 2.00]"
+    assert learning.need_cell(first, fast, 1, share=0.5) == "1, 2.00x [2.00, 2.00]"
     assert (
         learning.need_cell(fast, first * [[[1]] * 5 + [[0.5]]], 1, 1) == "not reached"
     )

@@ -3,16 +3,12 @@
 import copy
 import math
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from conftest import VOCABULARY, random_model
 
 import gvm_grpo
 import gvm_raft
@@ -21,7 +17,6 @@ from allocator import allocate, bound, estimate, weights
 from gvm_raft import Config, Problem, Response
 
 CONFIG = Config(updates_per_step=1)
-VOCABULARY = 29
 COUNTS = [3, 1, 2, 4]  # responses to each of the problems of an update
 
 
@@ -121,13 +116,13 @@ def test_an_epoch_shows_every_problem_once_in_an_order_of_its_own():
 def test_micro_batches_share_all_responses_within_the_limit(
     monkeypatch, world, count, limit
 ):
-    rng = np.random.default_rng(count)
+    rng, cfg = np.random.default_rng(count), Config(tokens_per_batch=limit)
     responses = [random_response(rng) for _ in range(count)]
     monkeypatch.setattr(gvm_raft, "WORLD", world)
     shares = []
     for rank in range(world):
         monkeypatch.setattr(gvm_raft, "RANK", rank)
-        shares.append(gvm_raft.micro_batches(responses, limit))
+        shares.append(gvm_raft.micro_batches(responses, cfg))
     assert len(set(map(len, shares))) == 1  # the ranks step together
     micros = flat(shares)
     assert sorted(map(id, flat(micros))) == sorted(map(id, responses))
@@ -136,17 +131,6 @@ def test_micro_batches_share_all_responses_within_the_limit(
 
 
 # ---- Updates
-
-
-def random_model(tied=False, scale=4.0, noise=0.0):
-    """A small model in float32 that is sure of nothing."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": VOCABULARY}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied)).eval()
-    for weight in model.parameters():
-        weight.data = scale * weight.data + noise * torch.randn_like(weight)
-    return model
 
 
 def logprobs(model, response, temperature=1.0):
@@ -179,7 +163,7 @@ def start():
 def policy(process_group, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     random_model().save_pretrained(folder)
-    return gvm_raft.load_policy(folder, CONFIG, process_group)
+    return gvm_raft.load_policy(folder, CONFIG)
 
 
 @pytest.fixture
@@ -223,8 +207,11 @@ def gradient(monkeypatch, policy):
 
     def gradient(groups, cfg=CONFIG, script=gvm_raft, reference=None):
         clip, recorder = torch.nn.utils.clip_grad_norm_, Recorder(policy)
-        unclipped = partial(clip, max_norm=math.inf)
-        monkeypatch.setattr(script, "clip_grad_norm_", lambda w, _: unclipped(w))
+
+        def unclipped(weights, _, **settings):
+            return clip(weights, math.inf, **settings)
+
+        monkeypatch.setattr(script, "clip_grad_norm_", unclipped)
         metrics = script.update(policy, reference, recorder, groups, cfg)
         (found,) = recorder.gradients
         return found, metrics

@@ -17,7 +17,9 @@ SCRIPTS = ("raft", "gvm_raft", "gvm_grpo")
 
 def diff(first, second):
     """The hunks of a diff, each a list of lines."""
-    sources = [(ROOT / f"{script}.py").read_text().splitlines() for script in (first, second)]
+    sources = [
+        (ROOT / f"{script}.py").read_text().splitlines() for script in (first, second)
+    ]
     hunks = []
     for line in list(difflib.unified_diff(*sources, n=0, lineterm=""))[2:]:
         if line.startswith("@@"):
@@ -41,13 +43,25 @@ def test_the_second_diff_is_whole():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_line_counts_are_right(script):
     lines = len((ROOT / f"{script}.py").read_text().splitlines())
-    assert re.search(rf"^\| `{script}\.py` \|.*\| {lines} \|$", README, flags=re.MULTILINE)
+    assert re.search(
+        rf"^\| `{script}\.py` \|.*\| {lines} \|$", README, flags=re.MULTILINE
+    )
 
 
 def test_every_flag_it_mentions_exists():
-    flags = {name.replace("_", "-") for name in (field.name for field in fields(gvm_raft.Config))}
+    flags = {
+        name.replace("_", "-")
+        for name in (field.name for field in fields(gvm_raft.Config))
+    }
     others = {"standalone", "nproc-per-node", "response", "gold", "nnodes", "node-rank"}
-    others |= {"rdzv-backend", "rdzv-endpoint", "no-reuse-pilot", "seeds", "out", "solved"}
+    others |= {
+        "rdzv-backend",
+        "rdzv-endpoint",
+        "no-reuse-pilot",
+        "seeds",
+        "out",
+        "solved",
+    }
     assert set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)) <= flags | others
 
 
@@ -60,7 +74,16 @@ def test_every_file_it_mentions_exists():
 def test_it_explains_every_metric():
     text = (ROOT / "gvm_raft.py").read_text()
     names = set(re.findall(r'(?:row|metrics)\["(\w+)"\]', text))
-    names |= {"loss", "kl", "entropy", "logp_shift", "grad_norm", "updates", "counts", "accepted"}
+    names |= {
+        "loss",
+        "kl",
+        "entropy",
+        "logp_shift",
+        "grad_norm",
+        "updates",
+        "counts",
+        "accepted",
+    }
     assert {name for name in names if f"`{name}`" not in README} == set()
 
 

@@ -1,8 +1,9 @@
-"""The scripts end to end with the tiny model: what they write, and what survives being stopped."""
+"""The scripts end to end: what they write, and what survives being stopped."""
 
 import importlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,41 +14,59 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, finish, options, restored, rows, run, start
+from conftest import ROOT, SCRIPTS, finish, options, rows, run, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SUMMARY = ["accuracy_before", "accuracy_after", "responses_total", "tokens_total", "seconds_total"]
-PILOTS = {"raft": {}, "gvm_raft": {"pilot_samples": 2}, "gvm_grpo": {"pilot_samples": 2}}
-OF_RANKS = {"padding", "imbalance_split", "imbalance_sample", "imbalance_update"}
+SUMMARY = ["accuracy_before", "accuracy_after", "responses_total", "tokens_total"]
+SUMMARY += ["seconds_total", "plot it"]
+PILOTS = {
+    "raft": {},
+    "gvm_raft": {"pilot_samples": 2},
+    "gvm_grpo": {"pilot_samples": 2},
+}
 SLOW_GRPO = pytest.param("gvm_grpo", marks=pytest.mark.slow)
+EVALUATED = {"step", "responses", "tokens", "boxed", "truncated", "entropy", "accuracy"}
+EVALUATED |= {"accuracy_se", "pass_at_k"}
+TRAINED = {"step", "responses", "tokens", "boxed", "truncated", "entropy", "reward"}
+TRAINED |= {"accept", "counts", "accepted", "loss", "kl", "logp_shift", "grad_norm"}
+TRAINED |= {"updates"}
 
 
 @pytest.fixture(scope="module")
 def done(small, tmp_path_factory):
     """Every script's run of two steps: its folder, its rows, what it printed."""
-    folders = {script: str(tmp_path_factory.mktemp("runs") / script) for script in SCRIPTS}
-    return {
-        script: (Path(folder), *run(script, **small, **PILOTS[script], run_dir=folder))
-        for script, folder in folders.items()
-    }
+    found = {}
+    for script in SCRIPTS:
+        folder = tmp_path_factory.mktemp("runs") / script
+        settings = small | PILOTS[script] | {"run_dir": str(folder)}
+        found[script] = folder, *run(script, **settings)
+    return found
 
 
 @pytest.fixture(scope="module")
 def long_run(small, tmp_path_factory):
     """The settings of a run of four steps, and what it leaves if nothing stops it."""
-    settings = small | PILOTS["gvm_raft"] | {"steps": 4, "eval_every": 2, "updates_per_step": 2}
+    settings = small | PILOTS["gvm_raft"]
+    settings |= {"steps": 4, "eval_every": 2, "updates_per_step": 2}
     folder = tmp_path_factory.mktemp("long") / "whole"
     found, _ = run("gvm_raft", **settings, run_dir=str(folder))
     return settings, found, weights(folder)
 
 
+def checkpoint(folder):
+    """The only checkpoint of a run."""
+    (found,) = Path(folder).glob("checkpoint-*")
+    return found
+
+
 def weights(folder):
-    return load_file(Path(folder) / "model" / "model.safetensors")
+    return load_file(checkpoint(folder) / "model.safetensors")
 
 
 def same_weights(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    equal = [torch.equal(first[name], second[name]) for name in first]
+    return first.keys() == second.keys() and all(equal)
 
 
 def train_rows(found):
@@ -60,6 +79,12 @@ def wait_for(path, process):
         time.sleep(0.002)
 
 
+def assert_equal_but_for_rounding(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-7), name
+
+
 # ---- What a run leaves
 
 
@@ -68,86 +93,138 @@ def test_a_run_ends_with_a_greppable_summary(done, script):
     folder, found, printed = done[script]
     lines = dict(line.split(": ") for line in printed.splitlines()[-len(SUMMARY) :])
     assert list(lines) == SUMMARY
-    assert float(lines["accuracy_before"]) == pytest.approx(found[0]["accuracy"], abs=1e-4)
-    assert float(lines["accuracy_after"]) == pytest.approx(found[-1]["accuracy"], abs=1e-4)
+    before, after = found[0]["accuracy"], found[-1]["accuracy"]
+    assert float(lines["accuracy_before"]) == pytest.approx(before, abs=1e-4)
+    assert float(lines["accuracy_after"]) == pytest.approx(after, abs=1e-4)
     assert int(lines["responses_total"]) == found[-1]["responses"]
     assert int(lines["tokens_total"]) == found[-1]["tokens"] > 0
     assert float(lines["seconds_total"]) > 0
+    assert lines["plot it"] == f"python bench/plot.py {folder}"
     assert json.loads((folder / "config.json").read_text())["steps"] == 2
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_step_and_evaluation_is_a_row_and_a_line(done, script):
+    _, found, printed = done[script]
+    trained = TRAINED | (set() if script == "raft" else {"rates", "norms", "bound"})
+    for row, names in zip(found, [EVALUATED, trained, trained, EVALUATED], strict=True):
+        assert names <= set(row)
+    lines = [line for line in printed.splitlines() if line.startswith("step ")]
+    assert len(lines) == 4
+    for line, row in zip(lines, found):
+        name = "accuracy" if "accuracy" in row else "reward"
+        assert f"{name} {row[name]:.3f}" in line
+    columns = [line.index("| loss") for line in lines[1:3]]
+    assert columns[0] == columns[1]  # aligned
+
+
 def test_the_scripts_spend_the_same_budget_every_step(done):
-    for _, found, printed in done.values():
+    for _, found, _ in done.values():
         assert [row["responses"] for row in train_rows(found)] == [32, 64]
         assert [sum(row["counts"]) for row in train_rows(found)] == [32, 32]
-        for total in (32, 64):
-            assert sum(f"responses {total}" in line for line in printed.splitlines()) >= 1
 
 
 def test_gvm_gives_every_problem_its_pilots_and_not_all_the_same(done):
-    counts = [n for row in train_rows(done["gvm_raft"][1]) for n in row["counts"]]
+    trained = train_rows(done["gvm_raft"][1])
+    counts = [n for row in trained for n in row["counts"]]
     assert min(counts) >= 2 and len(set(counts)) > 1
-    for row in train_rows(done["gvm_raft"][1]):
-        assert 0 < row["variance"] <= row["variance_uniform"]
+    assert all(0 < row["bound"] <= 1 for row in trained)
 
 
 def test_without_pilots_gvm_raft_is_raft(done, small, tmp_path):
     folder, found, _ = done["raft"]
-    again, _ = run("gvm_raft", **small, pilot_samples=0, run_dir=str(tmp_path / "run"))
+    settings = small | {"pilot_samples": 0, "run_dir": str(tmp_path / "run")}
+    again, _ = run("gvm_raft", **settings)
     assert again == found and same_weights(weights(tmp_path / "run"), weights(folder))
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(done, small, tmp_path):
+def test_the_same_seed_gives_the_same_run_and_another_another(done, small, tmp_path):
     folder, found, _ = done["gvm_raft"]
     settings = small | PILOTS["gvm_raft"]
     again, _ = run("gvm_raft", **settings, run_dir=str(tmp_path / "again"))
-    other, _ = run("gvm_raft", **settings | {"steps": 1}, run_dir=str(tmp_path / "other"), seed=1)
-    assert again == found and same_weights(weights(tmp_path / "again"), weights(folder))
+    assert again == found
+    assert same_weights(weights(tmp_path / "again"), weights(folder))
+    settings |= {"steps": 1, "seed": 1, "run_dir": str(tmp_path / "other")}
+    other, _ = run("gvm_raft", **settings)
     assert other[:2] != found[:2]
 
 
-def test_discarded_pilots_are_counted(small, tmp_path):
-    settings = small | {"pilot_samples": 3, "reuse_pilot": False, "prior": 0.0, "steps": 1}
-    found, _ = run("gvm_raft", **settings, run_dir=str(tmp_path / "run"))
+def test_the_papers_recipe_runs_and_its_pilots_are_counted(small, tmp_path):
+    settings = small | {"pilot_samples": 8, "reuse_pilot": False, "prior": 0.0}
+    settings |= {"steps": 1, "run_dir": str(tmp_path / "run")}
+    found, _ = run("gvm_raft", **settings)
     (row,) = train_rows(found)
-    assert row["responses"] == 32 + 8 * 3 and sum(row["counts"]) == 32
-    assert min(row["counts"]) == 0 < row["accept"] < 1  # the paper drops what no pilot solved
+    assert row["responses"] == 32 + 8 * 8 and sum(row["counts"]) == 32
+    assert 0 < row["accept"] < 1  # a problem without a response counts, too
 
 
-def test_the_model_it_leaves_loads_and_generates(done):
+def test_as_many_pilots_as_responses_leave_nothing_to_draw(small, tmp_path):
+    settings = small | {"pilot_samples": 4, "steps": 1, "run_dir": str(tmp_path / "r")}
+    found, _ = run("gvm_raft", **settings)
+    (row,) = train_rows(found)
+    assert row["counts"] == [4] * 8 and row["bound"] == 1
+
+
+def test_its_checkpoint_loads_with_transformers_and_generates(done):
+    message = [{"role": "user", "content": "1+2"}]
+    settings = {"return_dict": True, "return_tensors": "pt"}
+    start = AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "model")
     for folder, _, _ in done.values():
-        model = AutoModelForCausalLM.from_pretrained(folder / "model")
-        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-        message = [{"role": "user", "content": "1+2"}]
-        inputs = tokenizer.apply_chat_template(message, return_dict=True, return_tensors="pt")
-        assert model.generate(**inputs, max_new_tokens=4).shape[1] > inputs["input_ids"].shape[1]
-        start = AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "model")
+        model = AutoModelForCausalLM.from_pretrained(checkpoint(folder))
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint(folder))
+        inputs = tokenizer.apply_chat_template(message, **settings)
+        drawn = model.generate(**inputs, max_new_tokens=4)
+        assert drawn.shape[1] > inputs["input_ids"].shape[1]
+        assert model.dtype == start.dtype
         assert not same_weights(model.state_dict(), start.state_dict())
 
 
 @pytest.mark.parametrize("eval_samples", [1, 3])
 def test_no_steps_only_evaluate(small, tmp_path, eval_samples):
-    settings = small | {"steps": 0, "eval_samples": eval_samples, "run_dir": str(tmp_path / "run")}
-    ((row,), printed) = run("raft", **settings)
+    settings = small | {"steps": 0, "eval_samples": eval_samples}
+    ((row,), printed) = run("raft", **settings, run_dir=str(tmp_path / "run"))
     assert 0 <= row["accuracy"] <= row["pass_at_k"] <= 1 and row["responses"] == 0
     assert eval_samples > 1 or row["accuracy"] == row["pass_at_k"]
+    spread = (row["accuracy"] * (1 - row["accuracy"]) / 20) ** 0.5
+    assert 0 < row["accuracy_se"] <= spread + 1e-9
+    assert eval_samples > 1 or row["accuracy_se"] == pytest.approx(spread)
     assert f"accuracy_after: {row['accuracy']:.4f}" in printed.splitlines()
 
 
 @pytest.mark.parametrize("script", ["gvm_raft", SLOW_GRPO])
 def test_other_settings_run_too(small, tmp_path, script):
-    settings = small | {"kl_coef": 0.01, "weighting": "token", "temperature": 0.9, "steps": 1}
-    settings |= {"gradient_checkpointing": True, "tokens_per_batch": 200, "pilot_samples": 4}
+    settings = small | {"kl_coef": 0.01, "temperature": 0.9, "steps": 1}
+    settings |= {"gradient_checkpointing": True, "tokens_per_batch": 200}
     found, _ = run(script, **settings, run_dir=str(tmp_path / "run"))
-    assert all(np.isfinite(row["loss"]) and row["kl"] >= 0 for row in train_rows(found))
+    (row,) = train_rows(found)
+    assert row["kl"] > 0 and row["updates"] == 4
 
 
-def test_the_command_line_runs(done, small, tmp_path):
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_nothing(done, small, tmp_path):
+    _, found, _ = done["gvm_raft"]
     settings = small | PILOTS["gvm_raft"] | {"run_dir": str(tmp_path / "run")}
-    command = [sys.executable, ROOT / "gvm_raft.py", *options(settings)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert [line.split(": ")[0] for line in ended.stdout.splitlines()[-5:]] == SUMMARY
+    again, _ = run("gvm_raft", **settings, gradient_checkpointing=True)
+    for first, second in zip(found[:2], again[:2]):
+        assert_equal_but_for_rounding(first, second)
+
+
+def test_the_line_says_where_responses_are_cut(small, tmp_path):
+    settings = small | {"max_new_tokens": 3, "steps": 1, "run_dir": str(tmp_path / "r")}
+    found, printed = run("raft", **settings)
+    (row,) = train_rows(found)
+    assert row["truncated"] == 1 and row["reward"] == row["updates"] == 0
+    (line,) = [line for line in printed.splitlines() if "reward" in line]
+    assert "no update" in line and "truncated 1.00" in line
+    assert "--max-new-tokens" in line
+
+
+def test_the_command_line_runs_and_leaves_no_bars_in_a_log(done, small, tmp_path):
+    settings = small | PILOTS["gvm_raft"] | {"run_dir": str(tmp_path / "run")}
+    assert finish(start("gvm_raft", tmp_path / "log", **settings)) == [0]
+    printed = (tmp_path / "log" / "0.out").read_text().splitlines()
+    assert [line.split(": ")[0] for line in printed[-len(SUMMARY) :]] == SUMMARY
+    assert (tmp_path / "log" / "0.err").read_text() == ""
     assert rows(tmp_path / "run") == done["gvm_raft"][1]
 
 
@@ -159,33 +236,36 @@ def test_two_processes_learn_what_one_does(small, tmp_path, script):
     settings = small | PILOTS[script] | {"steps": 1, "updates_per_step": 1}
     settings |= {"tokens_per_batch": 300, "kl_coef": 0.1}
     one, _ = run(script, **settings, run_dir=str(tmp_path / "one"))
-    two = start(script, tmp_path / "log", world=2, **settings, run_dir=str(tmp_path / "two"))
+    settings["run_dir"] = str(tmp_path / "two")
+    two = start(script, tmp_path / "log", world=2, **settings)
     assert finish(two) == [0, 0], (tmp_path / "log" / "0.err").read_text()
-    both = zip(one, rows(tmp_path / "two"), strict=True)
-    for first, second in list(both)[:2]:  # later ones follow another rounding
-        assert first.keys() == second.keys()
-        for key in first.keys() - OF_RANKS:
-            assert second[key] == pytest.approx(first[key], rel=2e-6, abs=1e-8), key
+    found = rows(tmp_path / "two")
+    for first, second in zip(one[:2], found[:2]):  # later ones follow another rounding
+        assert_equal_but_for_rounding(first, second)
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("script", ["gvm_raft", SLOW_GRPO])
-def test_a_process_without_accepted_responses_does_not_wait_for_ever(small, tmp_path, script):
-    answer = json.loads(Path(small["problems"]).read_text().splitlines()[0])
-    # one problem that is always solved, because its answer is what the model says; others never
+def test_a_process_without_accepted_responses_does_not_wait_for_ever(
+    small, tmp_path, script
+):
+    line = Path(small["problems"]).read_text().splitlines()[0]
+    problem = json.loads(line)["problem"]
+    # One problem is always solved, as its answer is what the model says; others never.
+    table = [{"problem": problem, "answer": greedy(problem)}]
+    table += [{"problem": f"{i}+1", "answer": "-77"} for i in (1, 2)]
     settings = small | {"problems": str(tmp_path / "p.jsonl"), "temperature": 0.01}
-    settings |= {"problems_per_step": 3, "samples_per_problem": 1, "pilot_samples": 1}
+    settings |= {"problems_per_step": 3, "samples_per_problem": 2, "pilot_samples": 1}
     settings |= {"updates_per_step": 2, "learning_rate": 1e-9}
-    lines = [answer | {"answer": greedy(answer["problem"])}]
-    lines += [{"problem": f"{i}+1", "answer": "-77"} for i in (1, 2)]
-    Path(settings["problems"]).write_text("\n".join(map(json.dumps, lines)))
-    two = start(script, tmp_path / "log", world=2, **settings, run_dir=str(tmp_path / "run"))
+    Path(settings["problems"]).write_text("\n".join(map(json.dumps, table)))
+    settings["run_dir"] = str(tmp_path / "run")
+    two = start(script, tmp_path / "log", world=2, **settings)
     assert finish(two) == [0, 0], (tmp_path / "log" / "0.err").read_text()
     for row in train_rows(rows(tmp_path / "run")):
-        assert sum(row["accepted"]) == 1
-        assert row["updates"] == (1 if script == "gvm_raft" else 0)  # groups of one teach nothing
+        assert sum(np.array(row["accepted"]) > 0) == 1
+        assert row["updates"] == (script == "gvm_raft")  # equal rewards teach nothing
 
 
 def greedy(problem):
@@ -195,11 +275,22 @@ def greedy(problem):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
     model = AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "model")
     message = [{"role": "user", "content": f"{problem}\n{gvm_raft.INSTRUCTION}"}]
-    inputs = tokenizer.apply_chat_template(
-        message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
-    text = tokenizer.decode(model.generate(**inputs, do_sample=False, max_new_tokens=64)[0])
-    return text.split("\\boxed{")[-1].split("}")[0]
+    settings = {"add_generation_prompt": True, "return_dict": True}
+    inputs = tokenizer.apply_chat_template(message, return_tensors="pt", **settings)
+    (ids,) = model.generate(**inputs, do_sample=False, max_new_tokens=64)
+    return tokenizer.decode(ids).split("\\boxed{")[-1].split("}")[0]
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def torchrun(folder, settings, world=2):
+    """The README's command for a node, in a session of its own, as of a shell."""
+    command = [*TORCHRUN, f"--nproc-per-node={world}", str(ROOT / "gvm_raft.py")]
+    command += options(settings)
+    with open(folder / "log", "w") as log:
+        own = {"stdout": log, "stderr": log, "start_new_session": True}
+        return subprocess.Popen(command, cwd=folder, **own)
 
 
 @pytest.mark.slow
@@ -207,161 +298,280 @@ def test_torchrun_starts_two_processes(small, tmp_path):
     settings = small | PILOTS["gvm_raft"] | {"updates_per_step": 1}
     one, _ = run("gvm_raft", **settings, run_dir=str(tmp_path / "one"))
     settings["run_dir"] = str(tmp_path / "two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, ROOT / "gvm_raft.py", *options(settings)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    first, second = train_rows(one)[0], train_rows(rows(tmp_path / "two"))[0]
-    for key in first.keys() - OF_RANKS:
-        assert second[key] == pytest.approx(first[key], rel=2e-6, abs=1e-8), key
+    assert torchrun(tmp_path, settings).wait(300) == 0, (tmp_path / "log").read_text()
+    found = rows(tmp_path / "two")
+    assert_equal_but_for_rounding(train_rows(one)[0], train_rows(found)[0])
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_two_processes_continues_on_one_with_the_same_loss(long_run, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("whom", ["torchrun", "all of them"])
+def test_torchrun_is_stopped_after_a_step_and_continues(
+    long_run, tmp_path, number, whom
+):
+    """A scheduler tells torchrun, a terminal tells torchrun and its processes."""
+    settings = long_run[0] | {"run_dir": str(tmp_path / "run"), "steps": 400}
+    settings["save_every"] = 1000
+    process = torchrun(tmp_path, settings)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or (
+        len(rows(tmp_path / "run")) < 3
+    ):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.1)
+    tell = os.kill if whom == "torchrun" else os.killpg
+    tell(process.pid, number)
+    process.wait(100)  # its exit code is torchrun's own
+    stopped = rows(tmp_path / "run")
+    step = stopped[-1]["step"]
+    assert checkpoint(tmp_path / "run").name == f"checkpoint-{step:06d}"
+    assert "goes on" in (tmp_path / "log").read_text()
+
+    settings["steps"] = step + 1
+    process = torchrun(tmp_path, settings)
+    assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    found = rows(tmp_path / "run")
+    assert found[: len(stopped)] == stopped and found[-1]["step"] == step + 1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes_continues_on_one(long_run, tmp_path):
     settings = long_run[0] | {"run_dir": str(tmp_path / "run")}
     two = start("gvm_raft", tmp_path / "log", world=2, **settings)
-    wait_for(tmp_path / "run" / "checkpoint" / "000002", two[0])
+    wait_for(tmp_path / "run" / "checkpoint-000002", two[0])
     for process in two:
         process.kill()
     assert finish(two) == [-signal.SIGKILL] * 2
     shutil.copytree(tmp_path / "run", tmp_path / "again")
-    before = rows(tmp_path / "run")
-    found, _ = run("gvm_raft", **settings, resume=True)
+    rows_saved = (checkpoint(tmp_path / "run") / "metrics.jsonl").read_text()
+    before = len(rows_saved.splitlines())
+
+    found, _ = run("gvm_raft", **settings)
+    assert found[-1]["step"] == 4
+    # config.json knows its own folder only by the command
+    config = tmp_path / "again" / "config.json"
+    config.write_text(config.read_text().replace("/run", "/again"))
     settings["run_dir"] = str(tmp_path / "again")
-    assert finish(start("gvm_raft", tmp_path / "log", world=2, **settings, resume=True)) == [0, 0]
+    assert finish(start("gvm_raft", tmp_path / "log", world=2, **settings)) == [0, 0]
     on_two = rows(tmp_path / "again")
-    assert found[: len(before)] == on_two[: len(before)] == before and found[-1]["step"] == 4
-    first, second = found[len(before)], on_two[len(before)]
-    for key in first.keys() - OF_RANKS:
-        assert second[key] == pytest.approx(first[key], rel=2e-6, abs=1e-8), key
+    assert found[:before] == on_two[:before]
+    assert_equal_but_for_rounding(found[before], on_two[before])
 
 
 # ---- Stopped and continued
 
 
-def assert_resumes(settings, expected, expected_weights):
-    """A run that was stopped ends as if it had not been."""
-    found, _ = run("gvm_raft", **settings, resume=True)
-    assert found == expected and same_weights(weights(settings["run_dir"]), expected_weights)
+def assert_continues(settings, expected, expected_weights):
+    """The same command ends a run as if it had not been stopped."""
+    found, _ = run("gvm_raft", **settings)
+    assert found == expected
+    assert same_weights(weights(settings["run_dir"]), expected_weights)
 
 
-@pytest.mark.parametrize("checkpoint", [pytest.param("000001", marks=pytest.mark.slow), "000003"])
-def test_a_killed_run_resumes_as_if_nothing_had_happened(long_run, tmp_path, checkpoint):
+@pytest.mark.parametrize(
+    "step", [pytest.param("000001", marks=pytest.mark.slow), "000003"]
+)
+def test_a_killed_run_continues_as_if_nothing_had_happened(long_run, tmp_path, step):
     settings = long_run[0] | {"run_dir": str(tmp_path / "run")}
     (process,) = start("gvm_raft", tmp_path / "log", **settings)
-    wait_for(tmp_path / "run" / "checkpoint" / checkpoint, process)
+    wait_for(tmp_path / "run" / f"checkpoint-{step}", process)
     process.kill()
     assert finish([process]) == [-signal.SIGKILL]
-    (tmp_path / "run" / "checkpoint" / "000009.part").mkdir()  # killed while saving
+    (tmp_path / "run" / "checkpoint-000009.part").mkdir()  # killed while saving
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "resp')  # killed while logging
-    assert_resumes(settings, *long_run[1:])
+    assert_continues(settings, *long_run[1:])
 
 
 @pytest.mark.slow
 def test_a_run_may_be_killed_at_any_moment(long_run, tmp_path):
     settings = long_run[0] | {"run_dir": str(tmp_path / "run")}
-    (process,) = start("gvm_raft", tmp_path / "log", **settings)
     for delay in np.random.default_rng(0).uniform(0.2, 3, 20):
+        (process,) = start("gvm_raft", tmp_path / "log", **settings)
         process.join(delay)
         process.kill()
         (code,) = finish([process])
-        assert code in (0, -signal.SIGKILL), (tmp_path / "log" / "0.err").read_text()
-        resume = (tmp_path / "run" / "config.json").exists()
-        (process,) = start("gvm_raft", tmp_path / "log", **settings, resume=resume)
-    finish([process])
-    assert_resumes(settings, *long_run[1:])
+        error = (tmp_path / "log" / "0.err").read_text()
+        assert code in (0, -signal.SIGKILL), error
+    assert_continues(settings, *long_run[1:])
 
 
-def test_a_finished_run_resumes_to_the_same_end(done, small):
+def interrupted(monkeypatch, number, settings, step):
+    """A run that gets a signal in the middle of a step; what it printed."""
+    module = importlib.import_module("gvm_raft")
+    update, calls = module.update, []
+
+    def spoiled(*arguments):
+        calls.append(number)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return update(*arguments)
+
+    monkeypatch.setattr(module, "update", spoiled)
+    _, printed = run("gvm_raft", **settings)
+    monkeypatch.setattr(module, "update", update)
+    assert len(calls) == step
+    return printed
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
+    long_run, tmp_path, monkeypatch, number
+):
+    settings = long_run[0] | {"run_dir": str(tmp_path / "run"), "save_every": 9}
+    printed = interrupted(monkeypatch, number, settings, step=1)
+    assert f"the same command with --run-dir {tmp_path / 'run'}" in printed
+    assert checkpoint(tmp_path / "run").name == "checkpoint-000001"
+    assert rows(tmp_path / "run")[-1]["step"] == 1
+    assert_continues(settings, *long_run[1:])
+
+
+def test_a_run_without_a_folder_of_its_own_name_continues_by_what_it_printed(
+    small, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    printed = interrupted(monkeypatch, signal.SIGTERM, small, step=1)
+    (folder,) = (tmp_path / "runs").iterdir()
+    (line,) = [line for line in printed.splitlines() if "--run-dir" in line]
+    name = line.split("--run-dir ")[1].split()[0]
+    assert (tmp_path / name).samefile(folder)
+    found, _ = run("gvm_raft", **small, run_dir=name)
+    assert [row["step"] for row in train_rows(found)] == [1, 2]
+    assert list((tmp_path / "runs").iterdir()) == [folder]
+
+
+def test_a_process_that_gets_sigterm_ends_well(long_run, tmp_path):
+    settings = long_run[0] | {"run_dir": str(tmp_path / "run")}
+    (process,) = start("gvm_raft", tmp_path / "log", **settings)
+    wait_for(tmp_path / "run" / "checkpoint-000001", process)
+    os.kill(process.pid, signal.SIGTERM)
+    (code,) = finish([process])
+    assert code in (0, 128 + signal.SIGTERM)
+    assert (tmp_path / "log" / "0.err").read_text() == ""
+    assert_continues(settings, *long_run[1:])
+
+
+@pytest.fixture(scope="module")
+def template(long_run, tmp_path_factory):
+    """The settings of a run that stopped after two of four steps, and a copy of it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    settings = long_run[0] | {"run_dir": str(folder / "run")}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupted(monkeypatch, signal.SIGTERM, settings, step=2)
+    shutil.copytree(folder / "run", folder / "copy")
+    return settings, folder / "copy"
+
+
+@pytest.fixture
+def stopped(template):
+    """The settings of that run, as it stopped."""
+    settings, copy = template
+    shutil.rmtree(settings["run_dir"])
+    shutil.copytree(copy, settings["run_dir"])
+    return settings
+
+
+@pytest.mark.parametrize(
+    "harm", [pytest.param("shorter", marks=pytest.mark.slow), "half a line", "gone"]
+)
+def test_metrics_are_repaired_from_the_checkpoint(stopped, long_run, harm):
+    path = Path(stopped["run_dir"]) / "metrics.jsonl"
+    text = path.read_text()
+    path.write_text(text[:700] if harm == "half a line" else text.split("\n")[0])
+    if harm == "gone":
+        path.unlink()
+    assert_continues(stopped, *long_run[1:])
+
+
+def test_more_steps_continue_a_run_that_was_at_its_end(long_run, tmp_path):
+    settings = long_run[0] | {"run_dir": str(tmp_path / "run")}
+    run("gvm_raft", **settings | {"steps": 2})
+    assert_continues(settings, *long_run[1:])
+
+
+def test_a_finished_run_comes_to_the_same_end_again(done, small):
     folder, found, _ = done["raft"]
     before = weights(folder)
-    again, printed = run("raft", **small, run_dir=str(folder), resume=True)
+    again, printed = run("raft", **small, run_dir=str(folder))
     assert again == found and same_weights(weights(folder), before)
-    assert [line.split(": ")[0] for line in printed.splitlines()[-5:]] == SUMMARY
+    lines = printed.splitlines()[-len(SUMMARY) :]
+    assert [line.split(": ")[0] for line in lines] == SUMMARY
 
 
 @pytest.mark.parametrize(
     ("script", "changed", "named"),
     [
         ("raft", {"learning_rate": 1e-3}, "learning_rate"),
-        ("raft", {"steps": 3}, "steps"),
+        ("raft", {"seed": 7, "save_every": 1}, "seed"),
         ("gvm_raft", {}, "script"),
     ],
 )
-def test_resuming_with_other_settings_is_refused(done, small, capsys, script, changed, named):
+def test_other_settings_than_those_of_the_run_are_refused(
+    done, small, script, changed, named
+):
     folder = done["raft"][0]
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with pytest.raises(SystemExit) as stop:
-        run(script, **small | changed, run_dir=str(folder), resume=True)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and named in error
+        run(script, **small | changed, run_dir=str(folder))
+    assert named in stop.value.code and "\n" not in stop.value.code
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
-def test_starting_over_a_run_is_refused(done, small, capsys):
-    folder = done["raft"][0]
-    with pytest.raises(SystemExit) as stop:
-        run("raft", **small, run_dir=str(folder))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "exists" in error
-    assert rows(folder) == done["raft"][1]
 
 
 def test_a_second_plain_run_has_a_folder_of_its_own(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    script, settings = importlib.import_module("raft"), small | {"steps": 0}
-    for _ in range(2):
-        with restored(["raft.py"]):
-            script.main(script.Config(**settings))
+    for samples in (1, 2):
+        run("raft", **small | {"steps": 0, "eval_samples": samples})
+        time.sleep(1)  # two processes would not need it
     folders = list((tmp_path / "runs").iterdir())
-    assert len(folders) == 2 and all(folder.name.startswith("raft-") for folder in folders)
+    assert len(folders) == 2
+    assert all(folder.name.startswith("raft-") for folder in folders)
 
 
-@pytest.mark.parametrize(
-    "moment", [pytest.param("metrics.jsonl", marks=pytest.mark.slow), "checkpoint/000003"]
-)
-def test_interrupting_ends_with_one_sentence_and_can_be_resumed(long_run, tmp_path, moment):
-    settings = long_run[0] | {"run_dir": str(tmp_path / "run")}
-    (process,) = start("gvm_raft", tmp_path / "log", **settings)
-    wait_for(tmp_path / "run" / moment, process)
-    os.kill(process.pid, signal.SIGINT)
-    (code,) = finish([process])
-    error = (tmp_path / "log" / "0.err").read_bytes().decode()
-    assert code not in (0, None, -signal.SIGINT) and "Traceback" not in error
-    (line,) = [line for line in error.splitlines() if line.strip() and "it/s]" not in line]
-    assert "interrupted" in line and "--resume" in line
-    assert_resumes(settings, *long_run[1:])
+# ---- Disks and numbers that fail
 
 
-# ---- Numbers that are none
+def contents(folder):
+    """What a checkpoint holds, byte for byte."""
+    return {path.name: path.read_bytes() for path in checkpoint(folder).iterdir()}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint(stopped, long_run):
+    folder = Path(stopped["run_dir"])
+    before = contents(folder)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limit[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run("gvm_raft", **stopped)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "cannot be written" in stop.value.code and "\n" not in stop.value.code
+    (folder / "checkpoint-000003.part").rename(folder / "part")  # it may stay
+    assert contents(folder) == before
+    assert_continues(stopped, *long_run[1:])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+def test_a_broken_checkpoint_is_named_and_left_alone(stopped, name):
+    path = checkpoint(stopped["run_dir"]) / name
+    path.write_bytes(path.read_bytes()[:1000])
+    before = contents(stopped["run_dir"])
+    with pytest.raises(SystemExit) as stop:
+        run("gvm_raft", **stopped)
+    assert str(path.parent) in stop.value.code and "broken" in stop.value.code
+    assert contents(stopped["run_dir"]) == before
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch):
     script = importlib.import_module("gvm_raft")
-    settings = small | {"run_dir": str(tmp_path / "run"), "updates_per_step": 2}
-    policy_loss, checkpoint = script.policy_loss, tmp_path / "run" / "checkpoint" / "000001"
+    policy_loss, folder = script.policy_loss, tmp_path / "run"
 
     def spoiled(*arguments):
-        return policy_loss(*arguments) * (torch.nan if checkpoint.exists() else 1)
+        harm = torch.nan if (folder / "checkpoint-000001").exists() else 1
+        return policy_loss(*arguments) * harm
 
     monkeypatch.setattr(script, "policy_loss", spoiled)
-    with pytest.raises(SystemExit) as stop:
-        run("gvm_raft", **settings)
-    assert "finite" in str(stop.value.code) and "\n" not in stop.value.code
-    assert (checkpoint / "progress.json").exists() and not (tmp_path / "run" / "model").exists()
-
-
-def test_weights_that_are_not_finite_stop_the_run(small, tmp_path, monkeypatch):
-    script = importlib.import_module("raft")
-    update = script.update
-
-    def spoiled(policy, *arguments):
-        metrics = update(policy, *arguments)
-        next(policy.parameters()).data.fill_(torch.nan)
-        return metrics
-
-    monkeypatch.setattr(script, "update", spoiled)
-    with pytest.raises(SystemExit) as stop:
-        run("raft", **small, run_dir=str(tmp_path / "run"))
-    assert "finite" in str(stop.value.code)
+    with pytest.raises((SystemExit, RuntimeError), match="finite"):
+        run("gvm_raft", **small, run_dir=str(folder))
+    assert checkpoint(folder).name == "checkpoint-000001"

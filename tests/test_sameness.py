@@ -124,29 +124,20 @@ def test_the_size_of_a_diff_is_counted_outside_the_docstring():
 
 
 PLANTED = {
-    "main differs": (
-        "log(folder, progress, *evaluate(",
-        "log(folder, progress, *(evaluate)(",
-    ),
+    "main differs": ("def main(cfg):\n", "def main( cfg):\n"),
     "update differs": ("optimizer.zero_grad()", "optimizer.zero_grad() "),
     "Response differs": (
-        "\n\n\n@dataclass\nclass Response",
-        "\n\n\n# new\n@dataclass\nclass Response",
+        "@dataclass\nclass Response",
+        "# new\n@dataclass\nclass Response",
     ),
     "policy_loss differs": (
         "1 - clip_low, 1 + clip_high",
         "1 - clip_high, 1 + clip_low",
     ),
-    "extra differs": (
-        "\n\n# ---- Policy\n",
-        "\n\ndef extra():\n    pass\n\n\n# ---- Policy\n",
-    ),
+    "extra differs": ("# ---- Policy\n", "def extra():\n    pass\n\n\n# ---- Policy\n"),
     "end differs": ("main(tyro.cli(Config))", "main(tyro.cli(Config))\n# new"),
     "the default of kl_coef differs": ("kl_coef: float = 0.0", "kl_coef: float = 1e-3"),
-    "check lost a line": (
-        "    if cfg.updates_per_step >",
-        "    if  cfg.updates_per_step >",
-    ),
+    "check lost a line": ("--updates-per-step must", "--updates-per-step should"),
     "the settings differ": ("    steps: int =", "    paces: int ="),
 }
 

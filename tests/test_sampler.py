@@ -15,7 +15,6 @@ import gvm_raft
 from gvm_raft import Config, Response
 
 CONFIG = Config()
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +25,13 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def problems(tokenizer):
     """Tiny problems, from short to long."""
-    problems = gvm_raft.read_problems(CONFIG.problems, tokenizer, CONFIG)
+    problems = gvm_raft.read_problems(CONFIG.problems, 1, tokenizer, CONFIG)
     return sorted(problems[:60], key=lambda problem: len(problem.prompt_ids))
 
 
 @pytest.fixture(scope="module")
 def sampler(tokenizer):
-    return gvm_raft.TorchSampler(CONFIG, tokenizer, CPU)
+    return gvm_raft.TorchSampler(CONFIG, tokenizer)
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def draw(sampler, monkeypatch):
         monkeypatch.setattr(sampler, "cfg", replace(CONFIG, **settings))
         places = {tuple(prompt): i for i, prompt in enumerate(prompts)}
         pairs = zip(prompts, seeds, strict=True)
-        rows = [Response(places[tuple(p)], p, seed) for p, seed in pairs]
+        rows = [Response(places[tuple(p)], p, seed, [], []) for p, seed in pairs]
         sampler.draw(rows)
         return rows
 
@@ -115,7 +114,7 @@ def test_the_test_of_frequencies_sees_another_temperature(draw, sampler, problem
 
 def test_responses_stop_at_the_end_token_or_are_truncated(draw, sampler, problems):
     drawn = draw([p.prompt_ids for p in problems], range(60), max_new_tokens=20)
-    ends = set(sampler.ends.tolist())
+    ends = set(sampler.ends)
     assert 0 < sum(response.truncated for response in drawn) < 60
     for response in drawn:
         ids = response.token_ids
@@ -131,8 +130,8 @@ def test_each_of_several_end_tokens_stops_it(tmp_path, tokenizer, problems):
     ends = [tokenizer.eos_token_id, seven]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": ends}))
     cfg = Config(model=str(tmp_path / "model"))
-    sampler = gvm_raft.TorchSampler(cfg, tokenizer, CPU)
-    drawn = [Response(i, p.prompt_ids, i) for i, p in enumerate(problems)]
+    sampler = gvm_raft.TorchSampler(cfg, tokenizer)
+    drawn = [Response(i, p.prompt_ids, i, [], []) for i, p in enumerate(problems)]
     sampler.draw(drawn)
     last = Counter(ids[-1] for ids in tokens(drawn))
     assert set(last) == set(ends)
@@ -282,8 +281,8 @@ def test_pilots_training_and_evaluation_draw_apart(process_group, sampler, probl
 
 
 def test_it_takes_over_the_weights_of_the_policy(process_group, tokenizer):
-    sampler = gvm_raft.TorchSampler(CONFIG, tokenizer, process_group)
-    policy = gvm_raft.load_policy(CONFIG.model, CONFIG, process_group)
+    sampler = gvm_raft.TorchSampler(CONFIG, tokenizer)
+    policy = gvm_raft.load_policy(CONFIG.model, CONFIG)
     with torch.no_grad():
         for weight in policy.parameters():
             weight += 0.5

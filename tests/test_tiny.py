@@ -94,7 +94,7 @@ def test_a_demonstration_follows_the_right_rule_as_often_as_the_habit_says():
     for symbol, habit in make.HABITS.items():
         problem = make.make_problem(symbol, rng)
         right, _ = make.solve(problem, make.MEANING[symbol])
-        drawn = [make.demonstrate(problem, "habit", rng) for _ in range(2000)]
+        drawn = [make.demonstrate(problem, rng) for _ in range(2000)]
         error = np.sqrt(habit * (1 - habit) / len(drawn))
         assert abs(drawn.count(right) / len(drawn) - habit) < 4 * error
 

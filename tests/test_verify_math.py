@@ -23,7 +23,9 @@ from verify_math import extract_answer, gold_answer, spell, verify, verify_batch
 
 ROOT = Path(verify_math.__file__).parent
 DATA = ROOT.parent / "shared" / "data"
-SLOW_TEXT = r"\boxed{\int_0^{\infty} e^{-x^{x^x}}\sin(\tan x)\,dx}"  # sympy does not come back
+SLOW_TEXT = (
+    r"\boxed{\int_0^{\infty} e^{-x^{x^x}}\sin(\tan x)\,dx}"  # sympy does not come back
+)
 FOR_A_WORKER = (r"\boxed{|-3|}", "3")  # which no earlier step decides
 WORDINGS = [
     "The answer is $\\boxed{%s}$.",
@@ -39,7 +41,9 @@ def read(path):
 
 
 CASES = read(ROOT / "tests" / "verify_cases.jsonl")
-HOSTILE = read(ROOT / "tests" / "verify_hostile.jsonl")  # hedging, units, words, bases, lists, ...
+HOSTILE = read(
+    ROOT / "tests" / "verify_hostile.jsonl"
+)  # hedging, units, words, bases, lists, ...
 
 
 def boxed(answer):
@@ -62,7 +66,9 @@ def python(code, *arguments, path=(), **options):
     places = [*map(str, path), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, **options
+    )
 
 
 def idle_worker():
@@ -76,7 +82,9 @@ def idle_worker():
 
 def mistakes(cases):
     """The wrong answers accepted, and the right ones refused that are not marked as known."""
-    found = verify_batch([c["response"] for c in cases], [c["gold"] for c in cases], 20.0)
+    found = verify_batch(
+        [c["response"] for c in cases], [c["gold"] for c in cases], 20.0
+    )
     pairs = list(zip(cases, found, strict=True))
     accepted = [case for case, verdict in pairs if verdict and not case["right"]]
     refused = [case for case, verdict in pairs if case["right"] and not verdict]
@@ -97,13 +105,17 @@ def test_of_the_hostile_cases_no_wrong_answer_is_accepted_and_no_right_one_refus
 def test_the_known_refusals_are_few(cases, least):
     known = [case for case in cases if case.get("known")]
     assert len(known) <= 25 and all(case["right"] for case in known)
-    assert len({(case["response"], case["gold"]) for case in cases}) == len(cases) >= least
+    assert (
+        len({(case["response"], case["gold"]) for case in cases}) == len(cases) >= least
+    )
 
 
 @pytest.mark.slow
 def test_public_complaints_pay_for_nothing_wrong_and_refuse_little():
     golds()  # skips without the data
-    rows = [row for row in read(DATA / "verify_trouble.jsonl") if row["right"] is not None]
+    rows = [
+        row for row in read(DATA / "verify_trouble.jsonl") if row["right"] is not None
+    ]
     accepted, refused = mistakes(rows)
     assert accepted == [] and len(refused) <= 15
 
@@ -114,7 +126,14 @@ def test_million_is_a_number_and_its_point_counts():
 
 
 def test_no_guess_of_several_is_paid():
-    for answer in (r"x=1 \quad x=2", r"x=1 \lor x=2", "x=1, x=2", r"x=1 \\ x=2", "x=1=2", "1或2"):
+    for answer in (
+        r"x=1 \quad x=2",
+        r"x=1 \lor x=2",
+        "x=1, x=2",
+        r"x=1 \\ x=2",
+        "x=1=2",
+        "1或2",
+    ):
         assert not right(answer, "x=2") and not right(answer, "2")
 
 
@@ -148,11 +167,17 @@ def test_a_power_goes_through_the_worker_as_a_number():
 
 
 def test_numbers_in_brackets_are_multiplied():
-    assert right("(11)(12)", "132") and not right("(11)(12)", "23") and not right("3(4)", "7")
+    assert (
+        right("(11)(12)", "132")
+        and not right("(11)(12)", "23")
+        and not right("3(4)", "7")
+    )
 
 
 def test_no_wrong_list_is_right_because_one_part_cannot_be_read():
-    assert right(r"3, A\cap B", r"A\cap B, 3") and not right(r"3, A\cap B", r"A\cap C, 3")
+    assert right(r"3, A\cap B", r"A\cap B, 3") and not right(
+        r"3, A\cap B", r"A\cap C, 3"
+    )
 
 
 def wrong_about_golds(*names):
@@ -222,7 +247,9 @@ def test_a_worker_that_cannot_start_is_one_clear_error(tmp_path):
     code = "from verify_math import verify\nverify(r'\\boxed{|-3|}', '3')"
     done = python(code, path=[tmp_path])
     last = done.stderr.strip().split("\n")[-1]
-    assert done.returncode == 1 and last.startswith("RuntimeError: verify_math has no worker")
+    assert done.returncode == 1 and last.startswith(
+        "RuntimeError: verify_math has no worker"
+    )
     assert "no such thing" in last and "pip install math-verify" in last
 
 
@@ -270,7 +297,10 @@ def test_an_alarm_of_the_caller_goes_off_and_spoils_nothing():
     before = signal.signal(signal.SIGALRM, lambda *_: rings.append(1))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.3)
-        assert verify_batch([SLOW_TEXT, FOR_A_WORKER[0]], ["1", "3"], 1.0) == [False, True]
+        assert verify_batch([SLOW_TEXT, FOR_A_WORKER[0]], ["1", "3"], 1.0) == [
+            False,
+            True,
+        ]
     finally:
         signal.signal(signal.SIGALRM, before)
     assert rings == [1]
@@ -353,7 +383,13 @@ def bomb_is_wrong_in_time(name, gold="5"):
 
 
 def test_bombs_are_wrong_in_time():
-    for name in ("power tower", "million digits", "nested braces", "NUL", "regex, texts"):
+    for name in (
+        "power tower",
+        "million digits",
+        "nested braces",
+        "NUL",
+        "regex, texts",
+    ):
         bomb_is_wrong_in_time(name)
 
 
@@ -364,7 +400,9 @@ def test_every_bomb_is_wrong_in_time(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["power tower", "hanging integral", "power of a power of less"])
+@pytest.mark.parametrize(
+    "name", ["power tower", "hanging integral", "power of a power of less"]
+)
 def test_a_bomb_as_gold_is_wrong_in_time(name):
     assert verify(*FOR_A_WORKER)
     start = time.monotonic()
@@ -382,7 +420,9 @@ verify_batch(list(BOMBS.values()), ["5"] * len(BOMBS), timeout=0.5)
 assert not {"sympy", "math_verify", "torch"} & set(sys.modules)
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024)
 """
-    done = python(code, cwd=ROOT)  # getrusage would count the memory of the process that starts it
+    done = python(
+        code, cwd=ROOT
+    )  # getrusage would count the memory of the process that starts it
     assert int(done.stdout) < 500, done.stderr
 
 
@@ -398,15 +438,24 @@ def test_a_killed_worker_is_replaced():
 def test_a_worker_killed_at_work_is_wrong_for_its_answer_only():
     assert verify(*FOR_A_WORKER)
     threading.Timer(0.5, idle_worker().kill).start()
-    assert verify_batch([SLOW_TEXT, r"\boxed{|-4|}"], ["1", "4"], timeout=3.0) == [False, True]
+    assert verify_batch([SLOW_TEXT, r"\boxed{|-4|}"], ["1", "4"], timeout=3.0) == [
+        False,
+        True,
+    ]
 
 
 def test_a_late_answer_does_not_make_the_next_one_wait():
     assert verify(*FOR_A_WORKER)
     worker = idle_worker()
     pairs = [(SLOW_TEXT, "1"), FOR_A_WORKER, (SLOW_TEXT, "2")]
-    assert verify_batch(*map(list, zip(*pairs, strict=True)), timeout=0.5) == [False, True, False]
-    assert idle_worker() is worker  # which gave up by itself, so that no other had to start
+    assert verify_batch(*map(list, zip(*pairs, strict=True)), timeout=0.5) == [
+        False,
+        True,
+        False,
+    ]
+    assert (
+        idle_worker() is worker
+    )  # which gave up by itself, so that no other had to start
 
 
 CALLER = """
@@ -432,7 +481,11 @@ def test_no_process_is_left_after_exit():
 @pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.parametrize("end", ["kill", "terminate", "ctrl-c"])
 def test_no_process_is_left_when_the_caller_ends_early(busy, end):
-    last = f"verify_math.verify_batch([{SLOW_TEXT!r}], ['1'], 3.0)" if busy else "time.sleep(99)"
+    last = (
+        f"verify_math.verify_batch([{SLOW_TEXT!r}], ['1'], 3.0)"
+        if busy
+        else "time.sleep(99)"
+    )
     start = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     caller = subprocess.Popen(
@@ -444,7 +497,11 @@ def test_no_process_is_left_when_the_caller_ends_early(busy, end):
     )
     worker = int(caller.stdout.readline())
     time.sleep(0.5)
-    signals = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "ctrl-c": signal.SIGINT}
+    signals = {
+        "kill": signal.SIGKILL,
+        "terminate": signal.SIGTERM,
+        "ctrl-c": signal.SIGINT,
+    }
     caller.send_signal(signals[end])
     caller.communicate()
     assert gone(worker, 15)  # within its time limit
@@ -485,9 +542,16 @@ judge_all()
 def test_the_gold_is_read_from_a_data_set_as_it_is():
     assert gold_answer("She has 6 * 7 = 42.\n#### 42") == "42"
     assert (
-        gold_answer(r"Hence $\boxed{3}$, so the area is $\boxed{\frac{x}{2}}$.") == r"\frac{x}{2}"
+        gold_answer(r"Hence $\boxed{3}$, so the area is $\boxed{\frac{x}{2}}$.")
+        == r"\frac{x}{2}"
     )
-    assert [gold_answer(gold) for gold in (7, 0, 2.5, " x ", ["5"])] == ["7", "0", "2.5", "x", "5"]
+    assert [gold_answer(gold) for gold in (7, 0, 2.5, " x ", ["5"])] == [
+        "7",
+        "0",
+        "2.5",
+        "x",
+        "5",
+    ]
     assert verify(boxed(42), "So it is 42.\n#### 42")
 
 
@@ -506,13 +570,20 @@ def test_a_bad_gold_is_never_a_zero_reward():
 
 
 def test_the_last_box_that_is_not_empty_is_the_answer():
-    assert extract_answer(r"\boxed{4}. No: \boxed{5}. Check: \boxed{} \boxed{\,} \fbox{$$}") == "5"
+    assert (
+        extract_answer(
+            r"\boxed{4}. No: \boxed{5}. Check: \boxed{} \boxed{\,} \fbox{$$}"
+        )
+        == "5"
+    )
     assert extract_answer(r"\boxed{\boxed{5}") == "5" and extract_answer("5") is None
 
 
 def test_boxes_in_a_row_are_a_list():
     assert extract_answer(r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$.") == "1, 2, 3"
-    assert extract_answer(r"\boxed{1} is wrong, \boxed{2}\text{ or }\boxed{3}") == "2, 3"
+    assert (
+        extract_answer(r"\boxed{1} is wrong, \boxed{2}\text{ or }\boxed{3}") == "2, 3"
+    )
 
 
 def test_bad_lengths_are_an_error():
@@ -540,7 +611,9 @@ print(found.count(True), "sympy" in sys.modules)
 
 def test_duplicate_pairs_are_verified_once(monkeypatch):
     seen = []
-    monkeypatch.setattr(verify_math, "decide", lambda a, b, _: (bool(seen.append((a, b))), ""))
+    monkeypatch.setattr(
+        verify_math, "decide", lambda a, b, _: (bool(seen.append((a, b))), "")
+    )
     verify_batch(["\\boxed{1}", "so \\boxed{1}", "\\boxed{2}"] * 9, ["1"] * 27)
     assert seen == [("1", "1"), ("2", "1")]
 
@@ -553,15 +626,25 @@ def test_it_works_under_torchrun(tmp_path):
         "from verify_math import verify_batch\n"
         f"print(verify_batch([r'\\boxed{{|-3|}}', {SLOW_TEXT!r}], ['3', '1'], 2.0))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, script], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, script], env=environment, capture_output=True, text=True
+    )
     assert done.stdout.count("[True, False]") == 2, done.stderr
 
 
 # ---- 7: readable, usable by itself
 
-TABLE = re.search(r"(?s)\nSPELLING = \[.*?\n\]\n", Path(verify_math.__file__).read_text())[0]
+TABLE = re.search(
+    r"(?s)\nSPELLING = \[.*?\n\]\n", Path(verify_math.__file__).read_text()
+)[0]
 RULES = [line for line in TABLE.splitlines() if line.strip().startswith(("(", "#"))]
 
 
@@ -569,7 +652,11 @@ def examples():
     """Each rule's place in the table with the example in its comment, or in the line above."""
     place, above = 0, None
     for line in RULES:
-        comment = line.split("# ", 1)[-1] if "  # " in line or line.strip()[0] == "#" else None
+        comment = (
+            line.split("# ", 1)[-1]
+            if "  # " in line or line.strip()[0] == "#"
+            else None
+        )
         if line.strip()[0] == "#":
             above = comment
         else:
@@ -597,7 +684,16 @@ def test_every_spelling_rule_is_a_line_and_has_an_example_that_it_changes(monkey
 def test_the_docstring_names_the_steps_in_their_order():
     text = ast.get_docstring(ast.parse(Path(verify_math.__file__).read_text()))
     steps = re.findall(r"(?m)^ *\d\. (\w+)", text)
-    assert steps == ["extract", "spell", "split", "names", "units", "numbers", "words", "solve"]
+    assert steps == [
+        "extract",
+        "spell",
+        "split",
+        "names",
+        "units",
+        "numbers",
+        "words",
+        "solve",
+    ]
 
 
 def command(*arguments):
@@ -611,7 +707,9 @@ def command(*arguments):
         ("x=0.5", r"\frac12", "right: True (numbers)"),
         ("60 km/h", "60 km/s", "right: False (units)"),
         ("HTH", "HHT", "right: False (words)"),
-        pytest.param(r"\sin^2 x", r"1-\cos^2 x", "right: True (solve)", marks=pytest.mark.slow),
+        pytest.param(
+            r"\sin^2 x", r"1-\cos^2 x", "right: True (solve)", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_command_line_says_what_decided(answer, gold, line):
@@ -625,17 +723,36 @@ def test_the_command_line_is_brief_without_explain():
 
 
 def test_bad_arguments_are_one_sentence():
-    for arguments in ([], ["--response", "a"], ["--gold", "a"], ["--response", "a", "--gold", ""]):
+    for arguments in (
+        [],
+        ["--response", "a"],
+        ["--gold", "a"],
+        ["--response", "a", "--gold", ""],
+    ):
         done = command(*arguments)
-        assert done.returncode in (1, 2) and "Traceback" not in done.stderr and done.stderr
+        assert (
+            done.returncode in (1, 2) and "Traceback" not in done.stderr and done.stderr
+        )
 
 
 # ---- Fuzz
 
-PIECES = (
-    r"\frac { } ( ) [ ] \sqrt ^ _ 1 23 . , x \pi - + = < \text{ \boxed{ \{ \} \\ & \pm % $ ! \cup"
-)
-PIECES = [*PIECES.split(), " ", "\\le", "e", "i", "½", "٣", "cm", "or", "and", "million", "'", ":"]
+PIECES = r"\frac { } ( ) [ ] \sqrt ^ _ 1 23 . , x \pi - + = < \text{ \boxed{ \{ \} \\ & \pm % $ ! \cup"
+PIECES = [
+    *PIECES.split(),
+    " ",
+    "\\le",
+    "e",
+    "i",
+    "½",
+    "٣",
+    "cm",
+    "or",
+    "and",
+    "million",
+    "'",
+    ":",
+]
 LATEX = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 FRACTIONS = st.fractions(max_denominator=50).map(str)
 NUMBERS = FRACTIONS | st.decimals(-99, 99, places=2).map(str) | st.integers().map(str)
@@ -668,4 +785,7 @@ test_fuzz_latex_long = pytest.mark.slow(LONG(given(LATEX, LATEX)(rules_hold)))
 @given(LATEX, LATEX)
 def test_fuzz_the_worker(text, gold):
     if gold.strip():
-        assert verify_batch([f"\\boxed{{{text}}}"], [gold], timeout=2.0)[0] in (True, False)
+        assert verify_batch([f"\\boxed{{{text}}}"], [gold], timeout=2.0)[0] in (
+            True,
+            False,
+        )

@@ -9,15 +9,13 @@ shown, naming a rule before it computes:
     39+6=45
     \boxed{45}
 
-It can apply every rule, but does not always name the right one: 97 times in 100 for
-five symbols, 2 to 60 times in 100 for the others (HABITS). What it learns about one
+It can apply every rule, but does not always name the right one: 98 times in 100 for
+five symbols, 3 to 60 times in 100 for the others (HABITS). What it learns about one
 symbol says nothing about another. Most training problems have one of the five symbols,
 so that a uniform budget is spent on what is solved already (MIXTURES).
 
-The model gets there by ordinary pretraining on demonstrations, in two phases:
-
-1. skill  every rule for every symbol, so that it can compute all of them
-2. habit  the right rule with the symbol's own frequency, otherwise one of the others
+The model gets there by ordinary pretraining on demonstrations, which follow the right
+rule with the symbol's own frequency and otherwise any of the other eleven.
 
 python tiny/make.py --overwrite                     # model/, train.jsonl, test.jsonl
 python tiny/make.py --check                         # make them elsewhere and compare
@@ -68,10 +66,10 @@ RULES = {
 }
 MEANING = dict(zip("@#$%&?!~^|;_", RULES))  # the right rule of every symbol
 
-# How often a demonstration of the second phase follows the right rule of a symbol.
-SOLVED = {"@": 0.97, "#": 0.97, "$": 0.97, "%": 0.97, "&": 0.97}
+# How often a demonstration follows the right rule of a symbol.
+SOLVED = {"@": 0.98, "#": 0.98, "$": 0.98, "%": 0.98, "&": 0.98}
 HALFWAY = {"?": 0.6, "!": 0.4, "~": 0.2}
-RARE = {"^": 0.1, "|": 0.05, ";": 0.03, "_": 0.02}
+RARE = {"^": 0.06, "|": 0.05, ";": 0.04, "_": 0.03}
 HABITS = SOLVED | HALFWAY | RARE
 
 # Training problems of every solved, every halfway and every rare symbol.
@@ -84,8 +82,7 @@ MIXTURES = {
 }
 TEST_PROBLEMS = 40  # of every symbol, so that accuracy says how many skills are there
 
-SKILL_UPDATES, HABIT_UPDATES = 1560, 1040
-BATCH, PEAK_RATE = 48, 3e-3
+UPDATES, BATCH, PEAK_RATE = 2800, 48, 3e-3  # of pretraining
 
 INSTRUCTION = "\nLet's reason step by step and put the final answer within \\boxed{}."
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
@@ -228,23 +225,18 @@ def to_prompt(problem, tokenizer):
 # ---- Pretraining
 
 
-def demonstrate(problem, phase, rng):
-    """A response that follows some rule: any at first, then by the symbol's habit."""
+def demonstrate(problem, rng):
+    """A response that follows the right rule as often as the symbol's habit says."""
     symbol = problem[1]
-    right = MEANING[symbol]
-    wrong = [rule for rule in RULES if rule != right]
+    rule = MEANING[symbol]
+    if rng.random() >= HABITS[symbol]:
+        rule = rng.choice([other for other in RULES if other != rule])
 
-    if phase == "skill":
-        rule = rng.choice(list(RULES))
-    elif rng.random() < HABITS[symbol]:
-        rule = right
-    else:
-        rule = rng.choice(wrong)
     response, _ = solve(problem, rule)
     return response
 
 
-def make_batch(phase, held_out, rng):
+def make_batch(held_out, rng):
     """Problems of all symbols, none of the test set, and a demonstration for each."""
     problems = []
     while len(problems) < BATCH:
@@ -252,7 +244,7 @@ def make_batch(phase, held_out, rng):
         if problem not in held_out:
             problems.append(problem)
 
-    responses = [demonstrate(problem, phase, rng) for problem in problems]
+    responses = [demonstrate(problem, rng) for problem in problems]
     return problems, responses
 
 
@@ -272,25 +264,24 @@ def response_loss(model, tokenizer, problems, responses):
 
 
 def pretrain(model, tokenizer, held_out):
-    """Skill, then habit; the learning rate warms up, stays, and falls to zero."""
+    """Supervised learning; its rate warms up, stays, and falls to zero."""
     rng = random.Random(1)
-    phases = ["skill"] * SKILL_UPDATES + ["habit"] * HABIT_UPDATES
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.98), weight_decay=0.01
     )
 
-    bar = tqdm(phases, desc="pretraining", disable=None)
-    for update, phase in enumerate(bar):
-        warm, left = (update + 1) / 50, 1 - update / len(phases)
+    bar = tqdm(range(UPDATES), desc="pretraining", disable=None)
+    for update in bar:
+        warm, left = (update + 1) / 50, 1 - update / UPDATES
         optimizer.param_groups[0]["lr"] = PEAK_RATE * min(1, warm, left / 0.6)
 
-        problems, responses = make_batch(phase, held_out, rng)
+        problems, responses = make_batch(held_out, rng)
         loss = response_loss(model, tokenizer, problems, responses)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        bar.set_postfix_str(f"{phase}, loss {loss.item():.3f}")
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
 
 
 # ---- Files
