@@ -580,7 +580,7 @@ def open_run(cfg):
     new = f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(cfg.run_dir or new)
     config = folder / "config.json"
-    settings = asdict(cfg) | {"script": script}
+    settings = asdict(cfg) | {"script": script, "run_dir": f"{folder}"}
     if config.is_file():
         saved = json.loads(config.read_text()) | {"steps": cfg.steps}
         if changed := dict(settings.items() - saved.items()):
@@ -595,7 +595,7 @@ def open_run(cfg):
 
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(json.dumps(settings, indent=2) + "\n")
+        config.write_text(json.dumps(settings, indent=2))
         (folder / "metrics.jsonl").write_text(rows)
     return folder, checkpoint, progress
 
