@@ -62,14 +62,14 @@ INSTRUCTION = "Let's reason step by step and put the final answer within \\boxed
 
 @dataclass(frozen=True)
 class Config:
-    """Settings; the defaults train the tiny model on one CPU core in about a minute."""
+    """Settings; the defaults train the tiny model on one CPU core in a minute."""
 
     model: str = f"{TINY}/model"  # Hugging Face folder or hub name
     problems: str = f"{TINY}/train.jsonl"  # JSON lines with problem and answer
     eval_problems: str = f"{TINY}/test.jsonl"  # the same, held out
     max_prompt_tokens: int = 1024  # longer problems are dropped, with a count
 
-    steps: int = 40  # E-steps and M-steps; 0 only evaluates
+    steps: int = 50  # E-steps and M-steps; 0 only evaluates
     problems_per_step: int = 128  # m of Algorithm 1
     samples_per_problem: int = 2  # mean of n_i, pilots included: N is m times this
     pilot_samples: int = 1  # N' of Algorithm 2; 0 is the uniform budget
