@@ -1,40 +1,46 @@
-"""Does the budget of Prop. 1 lower the gradient's error, response for response? Prints markdown.
+"""Is the budget's gradient nearer to the truth than the uniform budget's, at one place?
 
-At fixed parameters a bank of responses is drawn for a batch of m test problems, with the gradient
-of every response over all parameters (count-sketched: squared norms and inner products keep their
-values up to a few percent, the same for all rows). The bank is then the population: true pᵢ, Gᵢ and
-gradients are its means, and E-step and M-step are replicated by drawing from it with replacement,
-8 m responses for every row, pilots counted unless the row says that they are free.
+    python bench/variance.py                  six minutes on one core
+    python bench/variance.py --model runs/.../checkpoint-000010
 
-    estimator   weight of a response      objective
-    lemma 1     r / (nᵢ pᵢ), true pᵢ      mean of log pᵢ
-    algorithm 1 r / |Dᵢ|                  mean of log pᵢ    gvm_raft.py and raft.py
-    reward      r / nᵢ                    mean of pᵢ        their --weighting reward
-    centred     (r - |Dᵢ|/nᵢ) / (nᵢ - 1)  mean of pᵢ        GRPO without its division by the std
+At fixed parameters a bank of responses to m problems is drawn, with the gradient of
+log P of each. The bank is then the whole world: what it holds is the truth, and a step
+of two responses a problem draws from it with replacement, with any budget and weights:
 
-Units: the squared norm of the objective's true gradient. error = bias² + variance is the mean of
-||estimate - truth||², missing problems included; predicted is the bound that Prop. 1 minimises, its
-sum over problems that get a response. cosine: to the true gradient, which is what remains once
-clipping and Adam have set the length. Intervals: 95%, bootstrap over replicates.
+  1/|D|        gvm_raft.py's weights, and raft.py's; the truth is the gradient of log p
+  Lemma 1      r / (n p) with the true accept rate p; the same truth
+  reward       r / n; the gradient of p
+  centred      (r - mean) / (n - 1); the gradient of p
+  GRPO         gvm_grpo.py's: (r - mean) / std / n
+  token mean   r / (accepted tokens), as the paper's authors average their loss: the
+               truth is the uniform budget's, for another budget weighs problems anew
 
-Run: python bench/variance.py [--model runs/.../model]   (three minutes on one core)
+Prints two tables. By accept rate: norm of the gradient by the head, G, whether it is
+c (1 - p), and what Prop. 1 and the best budget for centred weights would give. By
+budget: mean of ||estimate - truth||², by the uniform budget's with as many responses,
+± 1.96 standard errors; the uniform budget's own is in units of ||truth||². Problems
+without an accepted response count as an estimate of 0. The last column is their share.
+Gradients are those of all parameters, hashed to 2,048 numbers with random signs, which
+keeps inner products up to 2%.
 """
 
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gvm_grpo
 import gvm_raft
-from allocator import allocate, estimate, uniform
+from allocator import allocate, estimate, weights
 
-EACH = 8  # responses per problem
-ESTIMATORS = ("lemma 1", "algorithm 1", "reward", "centred")
+EDGES = 0, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 1.01  # of the classes of accept rates
 
 
 @dataclass(frozen=True)
@@ -42,251 +48,233 @@ class Config:
     """Settings."""
 
     model: str = gvm_raft.Config.model  # Hugging Face folder
-    problems: str = gvm_raft.Config.eval_problems  # .jsonl of problems
-    batch: int = 64  # m, problems
-    bank: int = 128  # responses per problem in the bank
-    replicates: int = 400  # E-steps and M-steps per row
-    dimensions: int = 2048  # of the sketched gradients
+    problems: str = gvm_raft.Config.problems  # JSON lines
+    batch: int = 128  # m, problems
+    bank: int = 128  # responses to each in the bank
+    each: int = 2  # responses to each in a step, on average
+    replicates: int = 400  # steps for every budget
+    dimensions: int = 2048  # of the hashed gradients
     seed: int = 0  # of all random numbers
 
 
 @dataclass
 class Bank:
-    """Of P problems and S responses: rewards, rows of gradients; true rates and RMS norms."""
+    """Arrays by problem and response, [m, S]; gradients [m, S, dimensions]."""
 
-    reward_PS: np.ndarray
-    row_PS: np.ndarray  # index into grad_UD: equal responses share a gradient
-    grad_UD: np.ndarray
-    full_U: np.ndarray  # ||∇ log P|| over all parameters
-    head_U: np.ndarray  # over the output head, as sample_counts takes it
+    rewards: np.ndarray
+    lengths: np.ndarray
+    norms: np.ndarray  # of the gradient by the head, as gradient_norms takes it
+    gradients: np.ndarray
 
     def __post_init__(self):
-        self.accept_P = self.reward_PS.mean(1)
-        self.full_P, self.head_P = self.norms(self.full_U), self.norms(self.head_U)
-
-    def norms(self, norm_U):
-        """Gᵢ: RMS norm of the accepted responses, 0 where there is none."""
-        square_P = (norm_U[self.row_PS] ** 2 * self.reward_PS).mean(1)
-        return np.sqrt(square_P / np.maximum(self.accept_P, 1e-12))
-
-
-def fill_bank(cfg):
-    """Draws the responses and computes their gradients."""
-    settings = gvm_raft.Config(model=cfg.model, sampler="torch", seed=cfg.seed)
-    device = gvm_raft.start_processes(settings)
-    tokenizer = gvm_raft.AutoTokenizer.from_pretrained(cfg.model)
-    problems = gvm_raft.load_problems(cfg.problems, tokenizer, settings)
-    order = np.random.default_rng(cfg.seed).permutation(len(problems))[: cfg.batch]
-    problem_P = [problems[i] for i in order]
-    progress = {"step": 0, "responses": 0, "tokens": 0}
-    sampler = gvm_raft.TorchSampler(settings, tokenizer, device)
-    drawn_PS = gvm_raft.sample(problem_P, [cfg.bank] * cfg.batch, sampler, progress, settings)
-    policy = gvm_raft.Policy(gvm_raft.load_model(settings, torch.float32)).to(device)
-    weights = list(policy.parameters())
-    head = policy.model.get_output_embeddings().weight
-    random = torch.Generator().manual_seed(cfg.seed)
-    size = sum(w.numel() for w in weights)
-    sign = torch.randint(2, (size,), generator=random) * 2.0 - 1
-    pad = (0, -size % cfg.dimensions)
-    known, grads, row_PS = {}, [], np.zeros((cfg.batch, cfg.bank), int)
-    for p, response_S in enumerate(tqdm(drawn_PS, desc="gradients", leave=False)):
-        for s, response in enumerate(response_S):
-            key = (p, *response.token_ids.tolist())
-            if key not in known:
-                known[key] = len(known)
-                logp_K, _ = policy([response], gvm_raft.token_logprobs, 1.0)
-                grad = torch.autograd.grad(logp_K.sum(), weights)
-                flat = torch.cat([g.flatten() for g in grad]).cpu()
-                # random signs, then every weight i goes to sum i modulo the dimensions
-                sketch = torch.nn.functional.pad(flat * sign, pad).view(-1, cfg.dimensions).sum(0)
-                own = next(g for g, w in zip(grad, weights) if w is head)
-                grads.append((sketch.numpy(), flat.norm().item(), own.norm().item()))
-            row_PS[p, s] = known[key]
-    reward_PS = np.array([[r.reward for r in response_S] for response_S in drawn_PS])
-    return Bank(reward_PS, row_PS, *map(np.array, zip(*grads)))
-
-
-def pilot_rule(pilots, *, reuse=True, prior=1.0, norm="head", paid=True, spread=False, most=None):
-    """The E-step from pilots: a function of (bank, rng) to counts and pilot columns [P, N'].
-
-    spread: nᵢ ∝ √(pᵢ(1-pᵢ)), the spread of the rewards, instead of Prop. 1. most: a problem without
-    an accepted pilot takes the mean Ĝ of those with up to so many, not estimate's share of 1 - p̂ᵢ.
-    """
-
-    def rule(bank, rng):
-        m, size = bank.reward_PS.shape
-        pick_PS = rng.integers(size, size=(m, pilots))
-        reward_PS = np.take_along_axis(bank.reward_PS, pick_PS, 1)
-        norm_U = {"head": bank.head_U, "full": bank.full_U, "one": np.ones_like(bank.head_U)}[norm]
-        norm_PS = norm_U[np.take_along_axis(bank.row_PS, pick_PS, 1)]
-        accepted_P = reward_PS.sum(1)
-        norm_P = np.sqrt((norm_PS**2 * reward_PS).sum(1) / np.maximum(accepted_P, 1))
-        budget = EACH * m - (0 if reuse or not paid else pilots * m)
-        rates = estimate(accepted_P, pilots, norm_P, prior)
-        few_P = (accepted_P > 0) & (accepted_P <= (most or 0))
-        if few_P.any():
-            rates = rates[0], np.where(accepted_P > 0, norm_P, norm_P[few_P].mean())
-        if spread:
-            rates = np.ones(m), np.sqrt(rates[0] * (1 - rates[0]))
-        count_P = allocate(*rates, budget, minimum=pilots if reuse else 0)
-        return count_P, pick_PS if reuse else pick_PS[:, :0]
-
-    return rule
-
-
-def known_rule(weigh):
-    """nᵢ in proportion to weigh(p, G full, G head) of the true values, 1 or more where positive."""
-
-    def rule(bank, rng):
-        w_P = weigh(np.maximum(bank.accept_P, 1e-12), bank.full_P, bank.head_P)
-        count_P = allocate(np.ones(w_P.size), w_P * (bank.accept_P > 0), EACH * w_P.size, alpha=0)
-        return count_P, np.zeros((w_P.size, 0), int)
-
-    return rule
-
-
-def both_classes_rule(bank, rng):
-    """nᵢ ∝ the root of the variance of (r - pᵢ) ∇ log P: accepted and rejected responses count."""
-    gap_PS = bank.reward_PS - bank.accept_P[:, None]
-    square_P = (gap_PS**2 * bank.full_U[bank.row_PS] ** 2).mean(1)
-    mean_P = [np.linalg.norm(g @ bank.grad_UD[row]) for g, row in zip(gap_PS, bank.row_PS)]
-    square_P -= (np.array(mean_P) / bank.reward_PS.shape[1]) ** 2
-    w_P = np.sqrt(np.maximum(square_P, 0))
-    return allocate(np.ones(w_P.size), w_P, EACH * w_P.size, alpha=0), np.zeros((w_P.size, 0), int)
-
-
-def uniform_rule(bank, rng):
-    """nᵢ = N/m."""
-    m = len(bank.accept_P)
-    return uniform(m, EACH * m), np.zeros((m, 0), int)
-
-
-RULES = {
-    "uniform": uniform_rule,
-    "Prop. 1, true p and G": known_rule(lambda p, full, head: full / np.sqrt(p + 1e-3 / p)),
-    "Prop. 1, true p and G of the head": known_rule(
-        lambda p, f, head: head / np.sqrt(p + 1e-3 / p)
-    ),
-    "Prop. 1, true p, G = 1": known_rule(lambda p, f, h: 1 / np.sqrt(p + 1e-3 / p)),
-    "Prop. 1, true p and G, α = 0": known_rule(lambda p, full, head: full / np.sqrt(p)),
-    "G √((1-p)/p): centred, log p": known_rule(lambda p, full, h: full * np.sqrt((1 - p) / p)),
-    "G √p: reward": known_rule(lambda p, full, h: full * np.sqrt(p)),
-    "G √(p(1-p)): centred, p": known_rule(lambda p, full, h: full * np.sqrt(p * (1 - p))),
-    "4 pilots, re-used, prior 1": pilot_rule(4),
-    "4 pilots, re-used, prior 0": pilot_rule(4, prior=0),
-    "4 pilots, re-used, prior 1, G = 1": pilot_rule(4, norm="one"),
-    "4 pilots, re-used, prior 1, full G": pilot_rule(4, norm="full"),
-    "4 pilots, re-used, prior 1, unsolved as hard ones": pilot_rule(4, most=1),
-    "2 pilots, re-used, prior 1, unsolved as hard ones": pilot_rule(2, most=1),
-    "1 pilot, re-used, prior 1, unsolved as all others": pilot_rule(1, most=1),
-    "1 pilot, re-used, prior 1 (default)": pilot_rule(1),
-    "1 pilot, re-used, prior 0.3": pilot_rule(1, prior=0.3),
-    "4 pilots, thrown away, prior 1": pilot_rule(4, reuse=False),
-    "4 pilots, thrown away, prior 0": pilot_rule(4, reuse=False, prior=0),
-    "2 pilots, re-used, prior 1": pilot_rule(2),
-    "2 pilots, re-used, prior 0": pilot_rule(2, prior=0),
-    "2 pilots, thrown away, prior 1": pilot_rule(2, reuse=False),
-    "2 pilots, thrown away, prior 0": pilot_rule(2, reuse=False, prior=0),
-    "8 pilots, free, prior 0 (the paper)": pilot_rule(8, reuse=False, prior=0, paid=False),
-    "σ of (r - p) ∇ log P, both classes": both_classes_rule,
-    "4 pilots, re-used, prior 1, √(p(1-p))": pilot_rule(4, spread=True),
-    "2 pilots, re-used, prior 1, √(p(1-p))": pilot_rule(2, spread=True),
-}
-
-
-def weigh(reward_B, p_B, accept_P):
-    """Weights [estimators, B] of drawn responses, over m problems."""
-    n_P = np.bincount(p_B, minlength=accept_P.size)
-    hit_P = np.bincount(p_B, reward_B, minlength=accept_P.size)
-    n_B, hit_B, p_true_B = n_P[p_B], hit_P[p_B], np.maximum(accept_P, 1e-12)[p_B]
-    centred_B = np.where(n_B > 1, (reward_B - hit_B / n_B) / np.maximum(n_B - 1, 1), 0)
-    weights = [reward_B / (n_B * p_true_B), reward_B / np.maximum(hit_B, 1), reward_B / n_B]
-    return np.array([*weights, centred_B]) / accept_P.size
-
-
-def replicate(rule, bank, cfg, rng):
-    """Estimates [estimators, replicates, D], mean predicted bounds [2], mean share with no hit."""
-    (m, size), unique = bank.reward_PS.shape, len(bank.grad_UD)
-    weight_ERU = np.zeros((len(ESTIMATORS), cfg.replicates, unique), "f4")
-    bounds, missed = [], []
-    for r in range(cfg.replicates):
-        count_P, kept_PS = rule(bank, rng)
-        more_P = count_P - kept_PS.shape[1]
-        p_B = np.concatenate(
-            [np.repeat(np.arange(m), kept_PS.shape[1]), np.repeat(range(m), more_P)]
-        )
-        pick_B = np.concatenate([kept_PS.ravel(), rng.integers(size, size=more_P.sum())])
-        reward_B = bank.reward_PS[p_B, pick_B]
-        for e, weight_B in enumerate(weigh(reward_B, p_B, bank.accept_P)):
-            weight_ERU[e, r] = np.bincount(bank.row_PS[p_B, pick_B], weight_B, minlength=unique)
-        real = (bank.accept_P > 0) & (count_P > 0)
-        p_P, G_P, n_P = bank.accept_P[real], bank.full_P[real], count_P[real]
-        # Lemma 1: Σ Gᵢ²/(pᵢ nᵢ); with weights 1/nᵢ: Σ pᵢ Gᵢ²/nᵢ
-        bounds.append([(G_P**2 / p_P / n_P).sum() / m**2, (G_P**2 * p_P / n_P).sum() / m**2])
-        missed.append((np.bincount(p_B, reward_B, minlength=m) == 0).mean())
-    return weight_ERU @ bank.grad_UD, np.mean(bounds, 0), np.mean(missed)
-
-
-def truth(bank):
-    """The four expectations over the bank of an unbounded draw: true gradients [estimators, D]."""
-    m, size = bank.reward_PS.shape
-    weight_EB = weigh(bank.reward_PS.ravel(), np.repeat(range(m), size), bank.accept_P)
-    weight_EB[3] *= (size - 1) / size  # drawing with replacement, from a population
-    rows = [np.bincount(bank.row_PS.ravel(), w, len(bank.grad_UD)) for w in weight_EB]
-    return np.array(rows) @ bank.grad_UD
-
-
-def errors(estimate_RD, true_D, rng, draws=1000):
-    """bias², variance, error (first row; then bootstraps) in units of ||truth||², mean cosine."""
-    gap_RD, count = estimate_RD - true_D, len(estimate_RD)
-    gram_RR, scale = gap_RD @ gap_RD.T, true_D @ true_D
-    pick_XR = rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
-    pick_XR = np.vstack([np.full(count, 1 / count), pick_XR])
-    error_X = pick_XR @ gram_RR.diagonal()
-    mean_X = ((pick_XR @ gram_RR) * pick_XR).sum(1)  # ||mean gap||², of noise variance/count
-    variance_X = (error_X - mean_X) * count / (count - 1)
-    bias_X = mean_X - variance_X / count * np.where(np.arange(draws + 1) == 0, 1, 2)  # bootstrap: 2
-    cosine = estimate_RD @ true_D / np.linalg.norm(estimate_RD, axis=1).clip(1e-12) / scale**0.5
-    return np.array([bias_X, variance_X, error_X]) / scale, cosine.mean()
+        self.rates = self.rewards.mean(1)  # p_i
+        squares = (self.rewards * self.norms**2).mean(1)
+        self.true_norms = np.sqrt(squares / np.maximum(self.rates, 1e-9))  # G_i
 
 
 def main(cfg):
-    """Fills the bank, replicates every rule, prints a table per estimator."""
-    bank, rng = fill_bank(cfg), np.random.default_rng(cfg.seed)
-    true_ED = truth(bank)
-    scale_E = (true_ED**2).sum(1)
-    p = bank.accept_P
-    print(f"{cfg.batch} problems x {cfg.bank} responses, accept rate {p.mean():.3f}, never solved")
-    print(f"{(p == 0).sum()}, below 0.05 {(p < 0.05).sum()}, above 0.8 {(p > 0.8).sum()};")
-    spread = [f"{g[p > 0].min():.1f} to {g.max():.1f}" for g in (bank.full_P, bank.head_P)]
-    correlation = np.corrcoef(bank.full_P[p > 0], bank.head_P[p > 0])[0, 1]
-    with_p = np.corrcoef(bank.full_P[p > 0], np.log(p[p > 0]))[0, 1]
-    print(
-        f"G of all parameters {spread[0]}, of the head {spread[1]}, correlation {correlation:.2f};"
-    )
-    print(f"correlation of G with log p {with_p:.2f}; {cfg.replicates} replicates, seed {cfg.seed}")
-    results = {}
-    for name, rule in tqdm(RULES.items(), desc="rules", leave=False):
-        estimate_ERD, bounds, missed = replicate(rule, bank, cfg, rng)
-        parts = [errors(x, t, rng) for x, t in zip(estimate_ERD, true_ED)]
-        results[name] = parts, bounds, missed
-    for e, estimator in enumerate(ESTIMATORS):
-        print(f"\n**{estimator}**\n\n| budget | predicted | variance | bias² | error |", end="")
-        print(f" error / uniform's | cosine | no hit |\n|{'---|' * 8}")
-        for name, (parts, bounds, missed) in results.items():
-            (values, cosine), (base, _) = parts[e], results["uniform"][0][e]
-            shown = {0: bounds[0], 2: bounds[1]}.get(e)
-            cells = [name, f"{shown / scale_E[e]:.3f}" if shown is not None else "-"]
-            for k in (1, 0, 2):
-                cells.append(interval(values[k]))
-            cells.append(interval(values[2] / base[2]) if name != "uniform" else "1")
-            print(f"| {' | '.join(cells)} | {cosine:.3f} | {100 * missed:.0f}% |")
+    """Fills the bank, takes steps with every budget, prints the tables."""
+    bank = fill_bank(cfg)
+    print_law(bank, cfg)
+
+    generator = np.random.default_rng(cfg.seed)
+    print(f"\n| budget | {' | '.join(WEIGHTS)} | no hit |")
+    print("|---" * (len(WEIGHTS) + 2) + "|")
+    uniform = {}
+    for each in cfg.each, cfg.each + 8:
+        uniform[each], missed = take_steps(uniform_budget, each, bank, cfg, generator)
+    means = uniform[cfg.each].mean(1)
+    print_row("uniform, in units of the truth", [f"{x:.3f}" for x in means], missed)
+
+    for name, (budget, each) in tqdm(list_budgets(cfg).items(), disable=None):
+        errors, missed = take_steps(budget, each, bank, cfg, generator)
+        baseline = uniform[cfg.each + 8 if "counted" in name else cfg.each]
+        cells = map(compare, errors, baseline)
+        print_row(name, cells, missed)
 
 
-def interval(value_X):
-    """The first value, with the 95% interval of the others."""
-    low, high = np.quantile(value_X[1:], (0.025, 0.975))
-    return f"{value_X[0]:.3f} [{low:.3f}, {high:.3f}]"
+# ---- The bank
+def fill_bank(cfg):
+    """Draws the responses and takes the gradient of each."""
+    settings = gvm_raft.Config(cfg.model, cfg.problems, seed=cfg.seed)
+    gvm_raft.start_processes()
+    tokenizer = gvm_raft.load_tokenizer(settings)
+    problems = gvm_raft.read_problems(cfg.problems, cfg.batch, tokenizer, settings)
+    order = np.random.default_rng(cfg.seed).permutation(len(problems))
+    batch = [problems[i] for i in order[: cfg.batch]]
+
+    sampler = gvm_raft.TorchSampler(settings, tokenizer)
+    progress = {"step": 0, "responses": 0, "tokens": 0}
+    counts = [cfg.bank] * cfg.batch
+    groups = gvm_raft.sample(batch, counts, sampler, progress, settings)
+    sampler.close()
+
+    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
+    size = sum(weight.numel() for weight in model.parameters())
+    random = torch.Generator().manual_seed(cfg.seed)
+    signs = torch.randint(2, (size,), generator=random) * 2.0 - 1
+    shape = cfg.batch, cfg.bank
+    gradients = np.zeros((*shape, cfg.dimensions), "f4")
+    norms = np.zeros(shape)
+    for i, group in enumerate(tqdm(groups, "gradients", disable=None)):
+        known = {}
+        for s, response in enumerate(group):
+            key = tuple(response.token_ids)
+            if key not in known:
+                known[key] = take_gradient(model, response, settings, signs, cfg)
+            gradients[i, s], norms[i, s] = known[key]
+
+    rewards = np.array([[r.reward for r in group] for group in groups])
+    lengths = np.array([[len(r.token_ids) for r in group] for group in groups])
+    return Bank(rewards, lengths, norms, gradients)
+
+
+def take_gradient(model, response, settings, signs, cfg):
+    """∇ log P of a response, hashed, and its norm by the head."""
+    model.zero_grad()
+    (logp_T,) = gvm_raft.token_logprobs(model, [response], settings)
+    logp_T.sum().backward()
+    flat = torch.cat([w.grad.flatten() for w in model.parameters()]) * signs
+    # With random signs, number k goes to the sum k modulo the dimensions.
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % cfg.dimensions))
+    head = model.get_output_embeddings().weight
+    return flat.view(-1, cfg.dimensions).sum(0).numpy(), head.grad.norm().item()
+
+
+# ---- Budgets: functions of (each, bank, generator) to counts [m] and kept pilots [m, N']
+def uniform_budget(each, bank, generator):
+    return np.full(len(bank.rates), each), np.zeros((len(bank.rates), 0), int)
+
+
+def known(weigh):
+    """n_i ∝ what a function makes of the bank."""
+
+    def budget(each, bank, generator):
+        counts = allocate(weigh(bank), each * len(bank.rates))
+        return counts, np.zeros((len(counts), 0), int)
+
+    return budget
+
+
+def from_pilots(pilots, *, reuse=True, prior=1.0, weigh=weights):
+    """n_i ∝ weigh(p̂, Ĝ), as choose_counts of gvm_raft.py makes it."""
+
+    def budget(each, bank, generator):
+        m, size = bank.rewards.shape
+        picks = generator.integers(size, size=(m, pilots))
+        rewards = np.take_along_axis(bank.rewards, picks, axis=1)
+        squares = np.take_along_axis(bank.norms, picks, axis=1) ** 2 * rewards
+        accepted = rewards.sum(1)
+        norms = np.sqrt(squares.sum(1) / np.maximum(accepted, 1))
+        rates, norms = estimate(accepted, [pilots] * m, norms, prior)
+        counts = allocate(weigh(rates, norms), each * m, minimum=pilots * reuse)
+        return counts, picks[:, : pilots * reuse]
+
+    return budget
+
+
+def spread(bank):
+    """Root of the variance of (r - p) ∇ log P: the best weights for centred rewards."""
+    centred = bank.rewards - bank.rates[:, None]
+    parts = centred[:, :, None] * bank.gradients
+    return np.sqrt(parts.var(1).sum(1))
+
+
+def list_budgets(cfg):
+    """Every budget by its name, and how many responses a problem it may spend."""
+    n, thrown = cfg.each, from_pilots(1, reuse=False)
+    paper = from_pilots(8, reuse=False, prior=0)
+    return {
+        "Prop. 1, true p and G": (known(prop_1), n),
+        "Prop. 1, true p, G = 1": (known(lambda b: weights(b.rates, b.rates > 0)), n),
+        "1 pilot, re-used, prior 1: default": (from_pilots(1), n),
+        "the same, prior 0": (from_pilots(1, prior=0), n),
+        "the same, thrown away": (thrown, n - 1),
+        "the same, n ∝ 1 - p": (from_pilots(1, weigh=lambda p, G: 1 - p), n),
+        "the same, n ∝ √(p (1 - p))": (from_pilots(1, weigh=deviation), n),
+        "the paper's 8 pilots, not counted": (paper, n),
+        "the paper's 8 pilots, counted": (paper, n),
+        "best for centred, true": (known(spread), n),
+    }
+
+
+def prop_1(bank):
+    return weights(bank.rates, bank.true_norms)
+
+
+def deviation(rates, norms):
+    return np.sqrt(rates * (1 - rates))
+
+
+# ---- Steps: weights of a problem's responses, from rewards [n_i] and the true rate
+WEIGHTS = {
+    "1/\\|D\\|": lambda rewards, rate: gvm_raft.advantages(rewards),
+    "Lemma 1": lambda rewards, rate: rewards / max(len(rewards) * rate, 1e-9),
+    "reward": lambda rewards, rate: rewards / len(rewards),
+    "centred": lambda r, rate: (r - r.mean()) / max(len(r) - 1, 1),
+    "GRPO": lambda rewards, rate: gvm_grpo.advantages(rewards),
+    "token mean": lambda rewards, rate: rewards,
+}
+
+
+def estimate_gradients(picks, bank):
+    """With responses picks[i] of the bank to each problem: a gradient for each weight."""
+    total, tokens = np.zeros((len(WEIGHTS), bank.gradients.shape[-1])), 0
+    for i, chosen in enumerate(picks):
+        if len(chosen):
+            rewards = bank.rewards[i, chosen]
+            rows = [weigh(rewards, bank.rates[i]) for weigh in WEIGHTS.values()]
+            total += np.array(rows) @ bank.gradients[i, chosen]
+            tokens += rewards @ bank.lengths[i, chosen]
+    total[:-1] /= len(picks)
+    total[-1] /= max(tokens, 1)
+    return total
+
+
+def take_steps(budget, each, bank, cfg, generator):
+    """Squared errors [weights, replicates], by ||truth||²; share of problems missed."""
+    size = bank.rewards.shape[1]
+    truth = estimate_gradients([np.arange(size)] * len(bank.rates), bank)
+    errors, missed = [], []
+    for _ in range(cfg.replicates):
+        counts, kept = budget(each, bank, generator)
+        new = [generator.integers(size, size=n - kept.shape[1]) for n in counts]
+        picks = [np.append(old, more) for old, more in zip(kept, new)]
+        gap = estimate_gradients(picks, bank) - truth
+        errors.append((gap**2).sum(1) / (truth**2).sum(1))
+        hits = [bank.rewards[i, chosen].sum() for i, chosen in enumerate(picks)]
+        missed.append(np.mean(np.array(hits) == 0))
+    return np.array(errors).T, np.mean(missed)
+
+
+# ---- Tables
+def compare(errors, baseline):
+    """Ratio of the means, ± 1.96 standard errors."""
+    ratio = errors.mean() / baseline.mean()
+    parts = [x.std() / x.mean() / len(x) ** 0.5 for x in (errors, baseline)]
+    return f"{ratio:.2f} ± {1.96 * ratio * np.hypot(*parts):.2f}"
+
+
+def print_row(name, cells, missed):
+    tqdm.write(f"| {name} | {' | '.join(cells)} | {missed:.0%} |")
+
+
+def print_law(bank, cfg):
+    """G against 1 - p, and two budgets, by accept rate."""
+    print("| accept rate | problems | G | G / (1 - p) | Prop. 1's n | best centred n |")
+    print("|---" * 6 + "|")
+    total = cfg.each * cfg.batch
+    ours, best = allocate(prop_1(bank), total), allocate(spread(bank), total)
+    for low, high in pairwise(EDGES):
+        here = (bank.rates >= low) & (bank.rates < high)
+        if here.any():
+            G, miss = bank.true_norms[here].mean(), 1 - bank.rates[here].mean()
+            law = f"{G / miss:.1f}" if miss else "-"
+            print(
+                f"| {low:g} to {min(high, 1):g} | {here.sum()} | {G:.3f} | {law}",
+                end="",
+            )
+            print(f" | {ours[here].mean():.1f} | {best[here].mean():.1f} |")
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def teach_answers(model, tokenizer, file):
     from gvm_raft import Config, read_problems
 
     examples = []
-    for problem in read_problems(file, tokenizer, Config()):
+    for problem in read_problems(file, 1, tokenizer, Config()):
         answer = f"\\boxed{{{problem.answer}}}{tokenizer.eos_token}"
         examples.append(torch.tensor(problem.prompt_ids + tokenizer.encode(answer)))
     ids_BT = torch.nn.utils.rnn.pad_sequence(examples, True, padding_value=-100)
