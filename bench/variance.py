@@ -1,30 +1,30 @@
-"""Is the budget's gradient nearer to the truth than the uniform budget's, at one place?
+"""Is the budget's gradient nearer to the truth than the uniform budget's?
 
-    python bench/variance.py                  six minutes on one core
+    python bench/variance.py                  five minutes on one core
     python bench/variance.py --model runs/.../checkpoint-000010
 
 At fixed parameters a bank of responses to m problems is drawn, with the gradient of
-log P of each. The bank is then the whole world: what it holds is the truth, and a step
-of two responses a problem draws from it with replacement, with any budget and weights:
+log P of each. The bank is then the world, and its means the truth: a step of two
+responses a problem draws from it with replacement, and weighs them in six ways:
 
-  1/|D|        gvm_raft.py's weights, and raft.py's; the truth is the gradient of log p
+  1/|D|        gvm_raft.py's; the truth is the gradient of the problems' mean log p
   Lemma 1      r / (n p) with the true accept rate p; the same truth
-  reward       r / n; the gradient of p
-  centred      (r - mean) / (n - 1); the gradient of p
-  GRPO         gvm_grpo.py's: (r - mean) / std / n
-  token mean   r / (accepted tokens), as the paper's authors average their loss: the
-               truth is the uniform budget's, for another budget weighs problems anew
+  reward       r / n; the gradient of mean p
+  centred      (r - mean) / (n - 1); the gradient of mean p
+  GRPO         gvm_grpo.py's, (r - mean) / std / n
+  token mean   r / (accepted tokens of the step), the mean of the authors' code; the
+               truth is the uniform budget's, as others give problems other weights
 
-Prints two tables. By accept rate: norm of the gradient by the head, G, whether it is
-c (1 - p), and what Prop. 1 and the best budget for centred weights would give. By
-budget: mean of ||estimate - truth||², by the uniform budget's with as many responses,
-± 1.96 standard errors; the uniform budget's own is in units of ||truth||². Problems
-without an accepted response count as an estimate of 0. The last column is their share.
-Gradients are those of all parameters, hashed to 2,048 numbers with random signs, which
-keeps inner products up to 2%.
+Prints, by accept rate, the gradient's norm by the head, G, its ratio to 1 - p, and what
+Prop. 1 and the best budget for centred weights give. Then, by budget, the mean of
+||estimate - truth||² by the uniform budget's, ± 1.96 standard errors, and the share of
+problems without an accepted response; last the uniform budget's own in ||truth||².
+Gradients are by all parameters, hashed to 2,048 numbers by random signs, which keeps
+inner products within 2%.
 """
 
 import sys
+from collections import namedtuple
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,14 +33,16 @@ import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gvm_grpo
 import gvm_raft
 from allocator import allocate, estimate, weights
 
-EDGES = 0, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 1.01  # of the classes of accept rates
+EDGES = 0, 0.05, 0.2, 0.5, 0.8, 0.95, 1.01  # of the classes of accept rates
+HASHED = 2048  # numbers of a gradient
+# By problem and response; then by problem: p, G, and weights of budgets that know them.
+Bank = namedtuple("Bank", "rewards lengths gradients norms rates true_norms best")
 
 
 @dataclass(frozen=True)
@@ -53,110 +55,84 @@ class Config:
     bank: int = 128  # responses to each in the bank
     each: int = 2  # responses to each in a step, on average
     replicates: int = 400  # steps for every budget
-    dimensions: int = 2048  # of the hashed gradients
     seed: int = 0  # of all random numbers
-
-
-@dataclass
-class Bank:
-    """Arrays by problem and response, [m, S]; gradients [m, S, dimensions]."""
-
-    rewards: np.ndarray
-    lengths: np.ndarray
-    norms: np.ndarray  # of the gradient by the head, as gradient_norms takes it
-    gradients: np.ndarray
-
-    def __post_init__(self):
-        self.rates = self.rewards.mean(1)  # p_i
-        squares = (self.rewards * self.norms**2).mean(1)
-        self.true_norms = np.sqrt(squares / np.maximum(self.rates, 1e-9))  # G_i
 
 
 def main(cfg):
     """Fills the bank, takes steps with every budget, prints the tables."""
     bank = fill_bank(cfg)
     print_law(bank, cfg)
-
-    generator = np.random.default_rng(cfg.seed)
-    print(f"\n| budget | {' | '.join(WEIGHTS)} | no hit |")
-    print("|---" * (len(WEIGHTS) + 2) + "|")
-    uniform = {}
-    for each in cfg.each, cfg.each + 8:
-        uniform[each], missed = take_steps(uniform_budget, each, bank, cfg, generator)
-    means = uniform[cfg.each].mean(1)
-    print_row("uniform, in units of the truth", [f"{x:.3f}" for x in means], missed)
-
-    for name, (budget, each) in tqdm(list_budgets(cfg).items(), disable=None):
-        errors, missed = take_steps(budget, each, bank, cfg, generator)
-        baseline = uniform[cfg.each + 8 if "counted" in name else cfg.each]
-        cells = map(compare, errors, baseline)
-        print_row(name, cells, missed)
+    print(f"\n| budget | {' | '.join(WEIGHTS)} | no hit |\n{'|---' * 8}|")
+    generator, errors = np.random.default_rng(cfg.seed), {}
+    for name, budget in tqdm(BUDGETS.items(), disable=None):
+        errors[name], missed = take_steps(budget, bank, cfg, generator)
+        cells = map(compare, errors[name], errors["uniform"])
+        tqdm.write(f"| {name} | {' | '.join(cells)} | {missed:.0%} |")
+    cells = [f"{mean:.3f}" for mean in errors["uniform"].mean(1)]
+    print(f"| uniform's own | {' | '.join(cells)} | |")
 
 
 # ---- The bank
 def fill_bank(cfg):
     """Draws the responses and takes the gradient of each."""
-    settings = gvm_raft.Config(cfg.model, cfg.problems, seed=cfg.seed)
+    shared = {"problems_per_step": cfg.batch, "seed": cfg.seed}
+    settings = gvm_raft.Config(cfg.model, cfg.problems, **shared)
     gvm_raft.start_processes()
     tokenizer = gvm_raft.load_tokenizer(settings)
     problems = gvm_raft.read_problems(cfg.problems, cfg.batch, tokenizer, settings)
-    order = np.random.default_rng(cfg.seed).permutation(len(problems))
-    batch = [problems[i] for i in order[: cfg.batch]]
-
+    batch = gvm_raft.next_problems(problems, 0, settings)
     sampler = gvm_raft.TorchSampler(settings, tokenizer)
     progress = {"step": 0, "responses": 0, "tokens": 0}
-    counts = [cfg.bank] * cfg.batch
-    groups = gvm_raft.sample(batch, counts, sampler, progress, settings)
-    sampler.close()
+    groups = gvm_raft.sample(batch, [cfg.bank] * cfg.batch, sampler, progress, settings)
 
-    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
-    size = sum(weight.numel() for weight in model.parameters())
     random = torch.Generator().manual_seed(cfg.seed)
+    size = sum(weight.numel() for weight in sampler.model.parameters())
     signs = torch.randint(2, (size,), generator=random) * 2.0 - 1
-    shape = cfg.batch, cfg.bank
-    gradients = np.zeros((*shape, cfg.dimensions), "f4")
-    norms = np.zeros(shape)
+    norms = np.zeros((cfg.batch, cfg.bank))
+    gradients = np.zeros((*norms.shape, HASHED), "f4")
     for i, group in enumerate(tqdm(groups, "gradients", disable=None)):
         known = {}
         for s, response in enumerate(group):
             key = tuple(response.token_ids)
             if key not in known:
-                known[key] = take_gradient(model, response, settings, signs, cfg)
+                known[key] = take_gradient(sampler.model, response, settings, signs)
             gradients[i, s], norms[i, s] = known[key]
 
     rewards = np.array([[r.reward for r in group] for group in groups])
     lengths = np.array([[len(r.token_ids) for r in group] for group in groups])
-    return Bank(rewards, lengths, norms, gradients)
+    rates = rewards.mean(1)
+    squares = (rewards * norms**2).mean(1) / np.maximum(rates, 1e-9)
+    centred = (rewards - rates[:, None])[:, :, None] * gradients
+    G, ones = np.sqrt(squares), np.ones(cfg.batch)
+    prop_1 = weights(rates, G), weights(rates, ones)
+    best = dict(zip(KNOWN, [ones, *prop_1, np.sqrt(centred.var(1).sum(1))]))
+    return Bank(rewards, lengths, gradients, norms, rates, G, best)
 
 
-def take_gradient(model, response, settings, signs, cfg):
+def take_gradient(model, response, settings, signs):
     """∇ log P of a response, hashed, and its norm by the head."""
     model.zero_grad()
     (logp_T,) = gvm_raft.token_logprobs(model, [response], settings)
     logp_T.sum().backward()
     flat = torch.cat([w.grad.flatten() for w in model.parameters()]) * signs
-    # With random signs, number k goes to the sum k modulo the dimensions.
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % cfg.dimensions))
-    head = model.get_output_embeddings().weight
-    return flat.view(-1, cfg.dimensions).sum(0).numpy(), head.grad.norm().item()
+    # With random signs, number k goes to the sum k modulo HASHED.
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % HASHED))
+    norm = model.get_output_embeddings().weight.grad.norm().item()
+    return flat.view(-1, HASHED).sum(0).numpy(), norm
 
 
-# ---- Budgets: functions of (each, bank, generator) to counts [m] and kept pilots [m, N']
-def uniform_budget(each, bank, generator):
-    return np.full(len(bank.rates), each), np.zeros((len(bank.rates), 0), int)
-
-
-def known(weigh):
-    """n_i ∝ what a function makes of the bank."""
+# ---- Budgets: functions of (each, bank, generator) to n_i and the pilots that are kept
+def known(name):
+    """n_i ∝ true weights of the bank."""
 
     def budget(each, bank, generator):
-        counts = allocate(weigh(bank), each * len(bank.rates))
+        counts = allocate(bank.best[name], each * len(bank.rates))
         return counts, np.zeros((len(counts), 0), int)
 
     return budget
 
 
-def from_pilots(pilots, *, reuse=True, prior=1.0, weigh=weights):
+def from_pilots(pilots, *, reuse=True, paid=True, prior=1.0, weigh=weights):
     """n_i ∝ weigh(p̂, Ĝ), as choose_counts of gvm_raft.py makes it."""
 
     def budget(each, bank, generator):
@@ -167,43 +143,23 @@ def from_pilots(pilots, *, reuse=True, prior=1.0, weigh=weights):
         accepted = rewards.sum(1)
         norms = np.sqrt(squares.sum(1) / np.maximum(accepted, 1))
         rates, norms = estimate(accepted, [pilots] * m, norms, prior)
-        counts = allocate(weigh(rates, norms), each * m, minimum=pilots * reuse)
+
+        total = m * (each - pilots * (paid and not reuse))
+        counts = allocate(weigh(rates, norms), total, minimum=pilots * reuse)
         return counts, picks[:, : pilots * reuse]
 
     return budget
 
 
-def spread(bank):
-    """Root of the variance of (r - p) ∇ log P: the best weights for centred rewards."""
-    centred = bank.rewards - bank.rates[:, None]
-    parts = centred[:, :, None] * bank.gradients
-    return np.sqrt(parts.var(1).sum(1))
-
-
-def list_budgets(cfg):
-    """Every budget by its name, and how many responses a problem it may spend."""
-    n, thrown = cfg.each, from_pilots(1, reuse=False)
-    paper = from_pilots(8, reuse=False, prior=0)
-    return {
-        "Prop. 1, true p and G": (known(prop_1), n),
-        "Prop. 1, true p, G = 1": (known(lambda b: weights(b.rates, b.rates > 0)), n),
-        "1 pilot, re-used, prior 1: default": (from_pilots(1), n),
-        "the same, prior 0": (from_pilots(1, prior=0), n),
-        "the same, thrown away": (thrown, n - 1),
-        "the same, n ∝ 1 - p": (from_pilots(1, weigh=lambda p, G: 1 - p), n),
-        "the same, n ∝ √(p (1 - p))": (from_pilots(1, weigh=deviation), n),
-        "the paper's 8 pilots, not counted": (paper, n),
-        "the paper's 8 pilots, counted": (paper, n),
-        "best for centred, true": (known(spread), n),
-    }
-
-
-def prop_1(bank):
-    return weights(bank.rates, bank.true_norms)
-
-
-def deviation(rates, norms):
-    return np.sqrt(rates * (1 - rates))
+KNOWN = "uniform", "Prop. 1, true p and G", "Prop. 1, true p, G = 1", "best for centred"
+BUDGETS = {name: known(name) for name in KNOWN}
+BUDGETS |= {
+    "1 pilot, re-used, prior 1: default": from_pilots(1),
+    "the same, prior 0": from_pilots(1, prior=0),
+    "the same, thrown away": from_pilots(1, reuse=False),
+    "the same, n ∝ 1 - p": from_pilots(1, weigh=lambda p, G: 1 - p),
+    "the paper's 8 pilots, free": from_pilots(8, reuse=False, paid=False, prior=0),
+}
 
 
 # ---- Steps: weights of a problem's responses, from rewards [n_i] and the true rate
@@ -218,32 +174,31 @@ WEIGHTS = {
 
 
 def estimate_gradients(picks, bank):
-    """With responses picks[i] of the bank to each problem: a gradient for each weight."""
-    total, tokens = np.zeros((len(WEIGHTS), bank.gradients.shape[-1])), 0
+    """A gradient for each weight, and accepted responses, of picks[i] to problem i."""
+    total, hits, tokens = 0, np.zeros(len(picks)), 0
     for i, chosen in enumerate(picks):
-        if len(chosen):
-            rewards = bank.rewards[i, chosen]
+        rewards = bank.rewards[i, chosen]
+        if len(rewards):
             rows = [weigh(rewards, bank.rates[i]) for weigh in WEIGHTS.values()]
-            total += np.array(rows) @ bank.gradients[i, chosen]
+            total = total + np.array(rows) @ bank.gradients[i, chosen]
             tokens += rewards @ bank.lengths[i, chosen]
-    total[:-1] /= len(picks)
-    total[-1] /= max(tokens, 1)
-    return total
+            hits[i] = rewards.sum()
+    scales = [len(picks)] * (len(WEIGHTS) - 1) + [max(tokens, 1)]
+    return total / np.array(scales)[:, None], hits
 
 
-def take_steps(budget, each, bank, cfg, generator):
-    """Squared errors [weights, replicates], by ||truth||²; share of problems missed."""
+def take_steps(budget, bank, cfg, generator):
+    """Errors [weights, replicates] by ||truth||², and the share of problems missed."""
     size = bank.rewards.shape[1]
-    truth = estimate_gradients([np.arange(size)] * len(bank.rates), bank)
+    truth, _ = estimate_gradients([np.arange(size)] * len(bank.rates), bank)
     errors, missed = [], []
     for _ in range(cfg.replicates):
-        counts, kept = budget(each, bank, generator)
+        counts, kept = budget(cfg.each, bank, generator)
         new = [generator.integers(size, size=n - kept.shape[1]) for n in counts]
         picks = [np.append(old, more) for old, more in zip(kept, new)]
-        gap = estimate_gradients(picks, bank) - truth
-        errors.append((gap**2).sum(1) / (truth**2).sum(1))
-        hits = [bank.rewards[i, chosen].sum() for i, chosen in enumerate(picks)]
-        missed.append(np.mean(np.array(hits) == 0))
+        found, hits = estimate_gradients(picks, bank)
+        errors.append(((found - truth) ** 2).sum(1) / (truth**2).sum(1))
+        missed.append(np.mean(hits == 0))
     return np.array(errors).T, np.mean(missed)
 
 
@@ -255,26 +210,19 @@ def compare(errors, baseline):
     return f"{ratio:.2f} ± {1.96 * ratio * np.hypot(*parts):.2f}"
 
 
-def print_row(name, cells, missed):
-    tqdm.write(f"| {name} | {' | '.join(cells)} | {missed:.0%} |")
-
-
 def print_law(bank, cfg):
     """G against 1 - p, and two budgets, by accept rate."""
     print("| accept rate | problems | G | G / (1 - p) | Prop. 1's n | best centred n |")
     print("|---" * 6 + "|")
     total = cfg.each * cfg.batch
-    ours, best = allocate(prop_1(bank), total), allocate(spread(bank), total)
+    ours = allocate(bank.best["Prop. 1, true p and G"], total)
+    best = allocate(bank.best["best for centred"], total)
     for low, high in pairwise(EDGES):
         here = (bank.rates >= low) & (bank.rates < high)
         if here.any():
-            G, miss = bank.true_norms[here].mean(), 1 - bank.rates[here].mean()
-            law = f"{G / miss:.1f}" if miss else "-"
-            print(
-                f"| {low:g} to {min(high, 1):g} | {here.sum()} | {G:.3f} | {law}",
-                end="",
-            )
-            print(f" | {ours[here].mean():.1f} | {best[here].mean():.1f} |")
+            norm, miss = bank.true_norms[here].mean(), 1 - bank.rates[here].mean()
+            row = here.sum(), norm, norm / miss, ours[here].mean(), best[here].mean()
+            print(f"| {low:g} to {high:.2g} | {' | '.join(f'{x:.3g}' for x in row)} |")
 
 
 if __name__ == "__main__":
