@@ -166,7 +166,6 @@ def choose_counts(batch, policy, sampler, progress, cfg):
     # nᵢ ∝ Gᵢ / √(pᵢ + α / pᵢ^(β-1))                                         Prop. 1
     w = weights(rates, norms, alpha=cfg.alpha, beta=cfg.beta)
     counts = allocate(w, sum(uniform), minimum=cfg.pilot_samples * cfg.reuse_pilot)
-
     # The bound on the variance that is left, relative to the uniform one      Eq. 7
     ratio = bound(w, counts) / bound(w, uniform) if w.any() else 1.0
     metrics = {"rates": rates, "norms": norms, "bound": ratio}
@@ -290,8 +289,8 @@ def sample(batch, counts, sampler, progress, cfg, *, stream="train", kept=None):
         for number in range(len(groups[i]), counts[i]):
             # A response has random numbers of its own, whichever rank draws it.
             key = [cfg.seed, *stream.encode(), progress["step"], problem.index, number]
-            seed = np.random.SeedSequence(key).generate_state(1)[0]
-            new.append(Response(i, problem.prompt_ids, int(seed), [], []))
+            seed = np.random.SeedSequence(key).generate_state(1).item()
+            new.append(Response(i, problem.prompt_ids, seed, [], []))
 
     mine = new[RANK::WORLD]
     if mine:
@@ -544,7 +543,7 @@ def read_problems(path, least, tokenizer, cfg):
     if not Path(path).is_file():
         raise SystemExit(f"{path}: no such file; data/prepare.py makes them")
     lines, problems = Path(path).read_text("utf-8-sig").split("\n"), []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -593,6 +592,7 @@ def open_run(cfg):
         last = json.loads(rows.splitlines()[-1])
         progress = {name: last[name] for name in progress}
 
+    dist.barrier()  # all have read
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(settings, indent=2))

@@ -243,8 +243,8 @@ def sample(batch, counts, sampler, progress, cfg, *, stream="train", kept=None):
         for number in range(len(groups[i]), counts[i]):
             # A response has random numbers of its own, whichever rank draws it.
             key = [cfg.seed, *stream.encode(), progress["step"], problem.index, number]
-            seed = np.random.SeedSequence(key).generate_state(1)[0]
-            new.append(Response(i, problem.prompt_ids, int(seed), [], []))
+            seed = np.random.SeedSequence(key).generate_state(1).item()
+            new.append(Response(i, problem.prompt_ids, seed, [], []))
 
     mine = new[RANK::WORLD]
     if mine:
@@ -493,7 +493,7 @@ def read_problems(path, least, tokenizer, cfg):
     if not Path(path).is_file():
         raise SystemExit(f"{path}: no such file; data/prepare.py makes them")
     lines, problems = Path(path).read_text("utf-8-sig").split("\n"), []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -542,6 +542,7 @@ def open_run(cfg):
         last = json.loads(rows.splitlines()[-1])
         progress = {name: last[name] for name in progress}
 
+    dist.barrier()  # all have read
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(settings, indent=2))
