@@ -530,9 +530,7 @@ def test_a_second_plain_run_has_a_folder_of_its_own(small, tmp_path, monkeypatch
     assert all(folder.name.startswith("raft-") for folder in folders)
 
 
-def test_no_process_writes_before_all_have_read(
-    small, tmp_path, monkeypatch, process_group
-):
+def test_no_process_writes_before_all_have_read(small, tmp_path, monkeypatch):
     """Else one that comes late reads a config.json of which half is written."""
     script, folder = importlib.import_module("gvm_raft"), tmp_path / "run"
     there = []
