@@ -442,7 +442,7 @@ def check_7(folder, name):
 
 # Defects of gvm_raft.py: the right text, the wrong one; what shows it, and how
 DEFECTS = {
-    "A": ("output.logits[b, place]", "output.logits[b, 1:][place]"),
+    "A": ("logit_TV[place]", "logit_TV[1:][place]"),
     "B": (".float() / cfg.temperature", ".float()"),
     "C": ("        sampler.load(policy)", "        pass"),
     "D": (", kept=pilots)", ")"),

@@ -58,14 +58,14 @@ INSTRUCTION = "Let's reason step by step and put the final answer within \\boxed
 
 @dataclass(frozen=True)
 class Config:
-    """Settings; the defaults train the tiny model on one CPU core in about a minute."""
+    """Settings; the defaults train the tiny model on one CPU core in a minute."""
 
     model: str = f"{TINY}/model"  # Hugging Face folder or hub name
     problems: str = f"{TINY}/train.jsonl"  # JSON lines with problem and answer
     eval_problems: str = f"{TINY}/test.jsonl"  # the same, held out
     max_prompt_tokens: int = 1024  # longer problems are dropped, with a count
 
-    steps: int = 40  # E-steps and M-steps; 0 only evaluates
+    steps: int = 50  # E-steps and M-steps; 0 only evaluates
     problems_per_step: int = 128  # m of Algorithm 1
     samples_per_problem: int = 2  # mean of n_i, pilots included: N is m times this
     temperature: float = 1.0  # of sampling, in training and evaluation
@@ -243,14 +243,15 @@ def sample(batch, counts, sampler, progress, cfg, *, stream="train", kept=None):
         for number in range(len(groups[i]), counts[i]):
             # A response has random numbers of its own, whichever rank draws it.
             key = [cfg.seed, *stream.encode(), progress["step"], problem.index, number]
-            seed = np.random.SeedSequence(key).generate_state(1)[0]
-            new.append(Response(i, problem.prompt_ids, int(seed), [], []))
+            seed = np.random.SeedSequence(key).generate_state(1).item()
+            new.append(Response(i, problem.prompt_ids, seed, [], []))
 
     mine = new[RANK::WORLD]
-    sampler.draw(mine)
+    if mine:
+        sampler.draw(mine)
 
-    ids = [r.token_ids for r in mine]
-    texts = sampler.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    decode = sampler.tokenizer.decode
+    texts = [decode(r.token_ids, skip_special_tokens=True) for r in mine]
     verdicts = verify_batch(texts, [batch[r.i].answer for r in mine])
     for response, text, right in zip(mine, texts, verdicts):
         response.boxed = extract_answer(text) is not None
@@ -382,7 +383,7 @@ class VLLMSampler:
         )
         self.close = self.llm.llm_engine.engine_core.shutdown  # and the process group
         if cfg.sleep:
-            self.llm.sleep(level=1)
+            self.llm.sleep()
 
     def draw(self, responses):
         """Fills in the tokens and log-probabilities of responses."""
@@ -396,7 +397,7 @@ class VLLMSampler:
             response.logprobs = list(drawn.logprobs.logprobs)
             response.truncated = drawn.finish_reason == "length"
         if self.sleeps:  # the trainer needs the memory; the weights wait on the host
-            self.llm.sleep(level=1)
+            self.llm.sleep()
 
     def load(self, policy):
         """Streams the weights into the engine, which forgets prefixes of old ones."""
@@ -492,7 +493,7 @@ def read_problems(path, least, tokenizer, cfg):
     if not Path(path).is_file():
         raise SystemExit(f"{path}: no such file; data/prepare.py makes them")
     lines, problems = Path(path).read_text("utf-8-sig").split("\n"), []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -528,7 +529,7 @@ def open_run(cfg):
     new = f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(cfg.run_dir or new)
     config = folder / "config.json"
-    settings = asdict(cfg) | {"script": script}
+    settings = asdict(cfg) | {"script": script, "run_dir": f"{folder}"}
     if config.is_file():
         saved = json.loads(config.read_text()) | {"steps": cfg.steps}
         if changed := dict(settings.items() - saved.items()):
@@ -541,9 +542,10 @@ def open_run(cfg):
         last = json.loads(rows.splitlines()[-1])
         progress = {name: last[name] for name in progress}
 
+    dist.barrier()  # all have read
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(json.dumps(settings, indent=2) + "\n")
+        config.write_text(json.dumps(settings, indent=2))
         (folder / "metrics.jsonl").write_text(rows)
     return folder, checkpoint, progress
 

@@ -79,9 +79,11 @@ def numbers(world, folder, script, settings, rewards):
 @pytest.mark.parametrize(
     ("script", "settings", "rewards"),
     [
-        ("gvm_raft", {"tokens_per_batch": 30}, "many"),
         ("gvm_grpo", {"tokens_per_batch": 40, "kl_coef": 0.1}, "many"),
         ("gvm_raft", {}, "one"),
+        pytest.param(
+            "gvm_raft", {"tokens_per_batch": 30}, "many", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_one_two_and_three_processes_find_the_same_numbers(

@@ -247,7 +247,8 @@ def test_two_processes_learn_what_one_does(small, tmp_path, script):
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("script", ["gvm_raft", SLOW_GRPO])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["gvm_raft", "gvm_grpo"])
 def test_a_process_without_accepted_responses_does_not_wait_for_ever(
     small, tmp_path, script
 ):
@@ -441,6 +442,7 @@ def test_a_run_without_a_folder_of_its_own_name_continues_by_what_it_printed(
     assert list((tmp_path / "runs").iterdir()) == [folder]
 
 
+@pytest.mark.slow
 def test_a_process_that_gets_sigterm_ends_well(long_run, tmp_path):
     settings = long_run[0] | {"run_dir": str(tmp_path / "run")}
     (process,) = start("gvm_raft", tmp_path / "log", **settings)
@@ -526,6 +528,15 @@ def test_a_second_plain_run_has_a_folder_of_its_own(small, tmp_path, monkeypatch
     folders = list((tmp_path / "runs").iterdir())
     assert len(folders) == 2
     assert all(folder.name.startswith("raft-") for folder in folders)
+
+
+def test_no_process_writes_before_all_have_read(small, tmp_path, monkeypatch):
+    """Else one that comes late reads a config.json of which half is written."""
+    script, folder = importlib.import_module("gvm_raft"), tmp_path / "run"
+    there = []
+    monkeypatch.setattr(script.dist, "barrier", lambda: there.append(folder.exists()))
+    script.open_run(script.Config(**small, run_dir=str(folder)))
+    assert folder.exists() and there[:1] == [False]
 
 
 # ---- Disks and numbers that fail
