@@ -297,8 +297,8 @@ def sample(batch, counts, sampler, progress, cfg, *, stream="train", kept=None):
     if mine:
         sampler.draw(mine)
 
-    ids = [r.token_ids for r in mine]
-    texts = sampler.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    decode = sampler.tokenizer.decode
+    texts = [decode(r.token_ids, skip_special_tokens=True) for r in mine]
     verdicts = verify_batch(texts, [batch[r.i].answer for r in mine])
     for response, text, right in zip(mine, texts, verdicts):
         response.boxed = extract_answer(text) is not None

@@ -10,17 +10,16 @@ responses a problem draws from it with replacement, and weighs them in six ways:
   1/|D|        gvm_raft.py's; the truth is the gradient of the problems' mean log p
   Lemma 1      r / (n p) with the true accept rate p; the same truth
   reward       r / n; the gradient of mean p
-  centred      (r - mean) / (n - 1); the gradient of mean p
+  centred      (r - mean) / (n - 1); the same
   GRPO         gvm_grpo.py's, (r - mean) / std / n
   token mean   r / (accepted tokens of the step), the mean of the authors' code; the
                truth is the uniform budget's, as others give problems other weights
 
 Prints, by accept rate, the gradient's norm by the head, G, its ratio to 1 - p, and what
 Prop. 1 and the best budget for centred weights give. Then, by budget, the mean of
-||estimate - truth||² by the uniform budget's, ± 1.96 standard errors, and the share of
-problems without an accepted response; last the uniform budget's own in ||truth||².
-Gradients are by all parameters, hashed to 2,048 numbers by random signs, which keeps
-inner products within 2%.
+||estimate - truth||² by the uniform budget's, ± 1.96 standard errors, the share of
+problems without an accepted response, and the uniform budget's own, by ||truth||².
+Gradients are by all parameters, hashed to 2,048 numbers by random signs (within 2%).
 """
 
 import sys
@@ -41,7 +40,7 @@ from allocator import allocate, estimate, weights
 
 EDGES = 0, 0.05, 0.2, 0.5, 0.8, 0.95, 1.01  # of the classes of accept rates
 HASHED = 2048  # numbers of a gradient
-# By problem and response; then by problem: p, G, and weights of budgets that know them.
+# By problem and response; then by problem: p, G, and weights of budgets that know both.
 Bank = namedtuple("Bank", "rewards lengths gradients norms rates true_norms best")
 
 
@@ -75,19 +74,19 @@ def main(cfg):
 # ---- The bank
 def fill_bank(cfg):
     """Draws the responses and takes the gradient of each."""
-    shared = {"problems_per_step": cfg.batch, "seed": cfg.seed}
-    settings = gvm_raft.Config(cfg.model, cfg.problems, **shared)
+    shared = {"model": cfg.model, "problems": cfg.problems, "seed": cfg.seed}
+    settings = gvm_raft.Config(**shared, problems_per_step=cfg.batch)
     gvm_raft.start_processes()
     tokenizer = gvm_raft.load_tokenizer(settings)
     problems = gvm_raft.read_problems(cfg.problems, cfg.batch, tokenizer, settings)
     batch = gvm_raft.next_problems(problems, 0, settings)
+
     sampler = gvm_raft.TorchSampler(settings, tokenizer)
     progress = {"step": 0, "responses": 0, "tokens": 0}
     groups = gvm_raft.sample(batch, [cfg.bank] * cfg.batch, sampler, progress, settings)
 
-    random = torch.Generator().manual_seed(cfg.seed)
-    size = sum(weight.numel() for weight in sampler.model.parameters())
-    signs = torch.randint(2, (size,), generator=random) * 2.0 - 1
+    generator, size = np.random.default_rng(cfg.seed), sampler.model.num_parameters()
+    signs = torch.from_numpy(generator.choice([-1, 1], size))
     norms = np.zeros((cfg.batch, cfg.bank))
     gradients = np.zeros((*norms.shape, HASHED), "f4")
     for i, group in enumerate(tqdm(groups, "gradients", disable=None)):
@@ -100,13 +99,18 @@ def fill_bank(cfg):
 
     rewards = np.array([[r.reward for r in group] for group in groups])
     lengths = np.array([[len(r.token_ids) for r in group] for group in groups])
-    rates = rewards.mean(1)
-    squares = (rewards * norms**2).mean(1) / np.maximum(rates, 1e-9)
+    return make_bank(rewards, lengths, gradients, norms)
+
+
+def make_bank(rewards, lengths, gradients, norms):
+    """The bank, with what is true in it."""
+    rates, ones = rewards.mean(1), np.ones(len(rewards))
+    G = np.sqrt((rewards * norms**2).mean(1) / np.maximum(rates, 1e-9))
     centred = (rewards - rates[:, None])[:, :, None] * gradients
-    G, ones = np.sqrt(squares), np.ones(cfg.batch)
-    prop_1 = weights(rates, G), weights(rates, ones)
-    best = dict(zip(KNOWN, [ones, *prop_1, np.sqrt(centred.var(1).sum(1))]))
-    return Bank(rewards, lengths, gradients, norms, rates, G, best)
+    deviation = np.sqrt(centred.var(1).sum(1))
+    best = ones, weights(rates, G), weights(rates, ones), deviation
+    true = rates, G, dict(zip(KNOWN, best))
+    return Bank(rewards, lengths, gradients, norms, *true)
 
 
 def take_gradient(model, response, settings, signs):
@@ -214,9 +218,8 @@ def print_law(bank, cfg):
     """G against 1 - p, and two budgets, by accept rate."""
     print("| accept rate | problems | G | G / (1 - p) | Prop. 1's n | best centred n |")
     print("|---" * 6 + "|")
-    total = cfg.each * cfg.batch
-    ours = allocate(bank.best["Prop. 1, true p and G"], total)
-    best = allocate(bank.best["best for centred"], total)
+    ours = allocate(bank.best["Prop. 1, true p and G"], cfg.each * cfg.batch)
+    best = allocate(bank.best["best for centred"], cfg.each * cfg.batch)
     for low, high in pairwise(EDGES):
         here = (bank.rates >= low) & (bank.rates < high)
         if here.any():

@@ -5,17 +5,17 @@
 
 gvm_grpo.py --pilot-samples 0 and TRL train the tiny model in turns, each in a process
 of its own with one thread: the same number of problems, responses and updates a step,
-rewards (verify_math.py), learning rate, clipping and temperature, no KL term. TRL's
-loss type is dapo, the nearest to ours. CPU-seconds are the process's own, without
-imports, evaluation, files, logging and TRL's clipping of gradients:
+rewards (verify_math.py), learning rate, clipping and temperature, no KL term; TRL's
+loss type is dapo, the nearest to ours. CPU-seconds do not count imports, evaluation,
+files, logging, and TRL's clipping of gradients:
 
   sampling   responses and rewards; with TRL also the log-probabilities that its update
              compares with (ours are the sampler's)
   update     log-probabilities, loss, backward, optimiser, weights for the sampler
 
-Prints the cost per 1,000 responses, with the ratio's range over seeds; the share of our
-responses to problems always or never solved, which teach GRPO nothing and which our
-update leaves out; and accuracy on the held-out problems, by our sampler.
+Prints the cost per 1,000 responses, with the ratio's range over seeds; held-out
+accuracy, by our sampler; and how many of our responses had no weight, as their problem
+was always or never solved in the step: our update leaves them out.
 """
 
 import contextlib
@@ -68,11 +68,15 @@ def main(cfg):
                     run = pool.submit(train, cfg, seed, folder / who)
                     seconds[who].append(run.result())
 
-        gvm_grpo.start_processes()
-        rows = [row for folder in folders for row in read_run(folder / "ours")]
-        curves["ours"] = [row["accuracy"] for row in rows if "accuracy" in row]
-        curves["TRL"] = [x for folder in folders for x in evaluate(cfg, folder / "TRL")]
-    report(cfg, seconds, curves, rows)
+        gvm_grpo.start_processes()  # only now: a process of the pool would inherit it
+        curves["TRL"] = [evaluate(cfg, folder / "TRL") for folder in folders]
+        files = [folder / "ours" / "metrics.jsonl" for folder in folders]
+        runs = [list(map(json.loads, f.read_text().splitlines()[1:])) for f in files]
+    curves["ours"] = [[x["accuracy"] for x in run if "accuracy" in x] for run in runs]
+    report(cfg, seconds, curves)
+    accepted = [n for run in runs for row in run for n in row.get("accepted", [])]
+    idle = np.isin(accepted, [0, cfg.samples_per_problem]).mean()
+    print(f"\n{idle:.0%} of our responses had no weight.")
 
 
 def timed(clock, part, function):
@@ -107,12 +111,6 @@ def train_ours(cfg, seed, folder):
     return [clock["sampling"], clock["update"]]
 
 
-def read_run(folder):
-    """The rows of metrics.jsonl after the evaluation at the start."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines[1:]]
-
-
 # ---- TRL
 def train_trl(cfg, seed, folder):
     """The same of TRL, whose generation batch is a step, and its step an update."""
@@ -128,39 +126,31 @@ def train_trl(cfg, seed, folder):
         data.append({"prompt": prompt, "answer": row["answer"]})
 
     def reward(completions, answer, **_):
-        texts = [completion[0]["content"] for completion in completions]
-        return [float(right) for right in verify_batch(texts, answer)]
+        return verify_batch([chat[0]["content"] for chat in completions], answer)
 
     class Save(TrainerCallback):
         def on_step_end(self, args, state, control, model, **_):
-            step, rest = divmod(state.global_step, cfg.updates_per_step)
-            if rest == 0 and step % cfg.eval_every == 0:
-                model.save_pretrained(Path(folder, str(step)))
+            step = state.global_step / cfg.updates_per_step
+            if step % cfg.eval_every == 0:
+                model.save_pretrained(folder / f"{step:.0f}")
 
-    sizes = {"max_steps": cfg.steps * cfg.updates_per_step}
-    sizes["steps_per_generation"] = cfg.updates_per_step
-    sizes["num_generations"] = cfg.samples_per_problem
-    responses = cfg.problems_per_step * cfg.samples_per_problem
-    sizes["per_device_train_batch_size"] = responses // cfg.updates_per_step
-    sizes["max_completion_length"] = ours.max_new_tokens
-
+    updates, n = cfg.updates_per_step, cfg.samples_per_problem
+    each = cfg.problems_per_step * n // updates
+    sizes = {"max_steps": cfg.steps * updates, "steps_per_generation": updates}
+    sizes |= {"num_generations": n, "per_device_train_batch_size": each}
+    sizes |= {"max_completion_length": ours.max_new_tokens}
     method = {"loss_type": "dapo", "beta": 0.0, "temperature": ours.temperature}
     method |= {"top_k": 0, "epsilon": ours.clip_low, "epsilon_high": ours.clip_high}
     adam = {"learning_rate": cfg.learning_rate, "lr_scheduler_type": "constant"}
     adam |= {"weight_decay": 0.01, "max_grad_norm": 1.0}  # as torch's AdamW has it
     engine = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-    quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    settings = GRPOConfig(
-        str(folder), seed=seed, **sizes, **method, **adam, **engine, **quiet
-    )
-    trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(ours.model, dtype=torch.float32),
-        reward_funcs=reward,
-        args=settings,
-        train_dataset=Dataset.from_list(data),
-        processing_class=AutoTokenizer.from_pretrained(ours.model),
-        callbacks=[Save()],
-    )
+    engine |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    arguments = sizes | method | adam | engine | {"seed": seed}
+    settings = GRPOConfig(str(folder), **arguments)
+    model = AutoModelForCausalLM.from_pretrained(ours.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(ours.model)
+    rest = {"processing_class": tokenizer, "callbacks": [Save()]}
+    trainer = GRPOTrainer(model, reward, settings, Dataset.from_list(data), **rest)
 
     # A training step draws first, where it has to; the optimiser's step comes after it.
     draw, train = trainer._generate_and_score_completions, trainer.training_step
@@ -187,28 +177,24 @@ def evaluate(cfg, folder):
 
 
 # ---- Tables
-def report(cfg, seconds, curves, rows):
+def report(cfg, seconds, curves):
     """Cost by part, then accuracy by step."""
     responses = cfg.steps * cfg.problems_per_step * cfg.samples_per_problem
     print("| CPU-seconds per 1,000 responses | TRL | ours | TRL / ours |")
     print("|---|---|---|---|")
-    parts = {"sampling": [0], "update": [1], "both": [0, 1]}
-    for name, columns in parts.items():
+    for name, columns in {"sampling": [0], "update": [1], "both": [0, 1]}.items():
         trl = np.array(seconds["TRL"])[:, columns].sum(1) * 1000 / responses
         ours = np.array(seconds["ours"])[:, columns].sum(1) * 1000 / responses
         span = f"{min(trl / ours):.2f} to {max(trl / ours):.2f}"
-        ratio = f"{trl.mean() / ours.mean():.2f} ({span})"
-        print(f"| {name} | {trl.mean():.2f} | {ours.mean():.2f} | {ratio} |")
-    n = cfg.samples_per_problem
-    accepted = [count for row in rows for count in row.get("accepted", [])]
-    print(f"\n{np.isin(accepted, [0, n]).mean():.0%} of ours had no weight.\n")
+        print(f"| {name} | {trl.mean():.2f} | {ours.mean():.2f}", end=" | ")
+        print(f"{trl.mean() / ours.mean():.2f} ({span}) |")
 
     steps = range(cfg.eval_every, cfg.steps + 1, cfg.eval_every)
-    print(f"| accuracy after step | {' | '.join(map(str, steps))} |")
+    print(f"\n| accuracy after step | {' | '.join(map(str, steps))} |")
     print("|---" * (len(steps) + 1) + "|")
-    for who, accuracy in curves.items():
-        runs = np.reshape(accuracy, (cfg.seeds, len(steps)))
-        cells = [f"{x.mean():.3f} ({x.min():.3f} to {x.max():.3f})" for x in runs.T]
+    for who, runs in curves.items():
+        points = np.array(runs).T
+        cells = [f"{x.mean():.3f} ({x.min():.3f} to {x.max():.3f})" for x in points]
         print(f"| {who} | {' | '.join(cells)} |")
 
 

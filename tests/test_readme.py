@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 FILES = ("raft", "gvm_raft", "gvm_grpo", "allocator", "verify_math")
 # flags of torchrun, data/prepare.py, exercises.py and the benches
 OTHER_FLAGS = {"standalone", "nproc-per-node", "nnodes", "hold-out", "out", "seeds"}
-OTHER_FLAGS |= {"problem-column", "handout", "grade", "no-reuse-pilot", "metric"}
+OTHER_FLAGS |= {"problem-column", "handout", "grade", "no-reuse-pilot", "from-csv"}
 
 
 def diff(first, second):
