@@ -55,17 +55,19 @@ def test_a_step_of_the_whole_bank_is_the_truth_of_every_weight():
     assert hits == pytest.approx(bank.rewards.sum(1))
 
 
-@pytest.mark.parametrize("name", ["Lemma 1", "reward", "centred"])
-def test_the_mean_of_many_steps_is_the_truth_where_weights_are_unbiased(name):
+def test_the_mean_of_many_steps_is_the_truth_where_weights_are_unbiased():
     bank, generator = made_up_bank(), np.random.default_rng(1)
-    row = list(variance.WEIGHTS).index(name)
-    truth = variance.estimate_gradients([np.arange(50)] * 4, bank)[0][row]
+    truth, _ = variance.estimate_gradients([np.arange(50)] * 4, bank)
     found = []
-    for _ in range(4000):
+    for _ in range(2000):
         picks = [generator.integers(50, size=n) for n in (2, 3, 4, 5)]
-        found.append(variance.estimate_gradients(picks, bank)[0][row])
-    error = np.std(found, axis=0) / 4000**0.5
-    assert np.all(np.abs(np.mean(found, axis=0) - truth) < 4 * error + 1e-9)
+        found.append(variance.estimate_gradients(picks, bank)[0])
+    gap = np.abs(np.mean(found, axis=0) - truth)
+    error = np.std(found, axis=0) / 2000**0.5
+
+    agrees = dict(zip(variance.WEIGHTS, (gap < 4 * error).all(1)))
+    assert agrees["Lemma 1"] and agrees["reward"] and agrees["centred"]
+    assert not agrees["1/\\|D\\|"] and not agrees["GRPO"]
 
 
 def test_every_budget_spends_what_it_may_and_keeps_its_pilots():
@@ -74,17 +76,14 @@ def test_every_budget_spends_what_it_may_and_keeps_its_pilots():
         counts, kept = budget(3, bank, np.random.default_rng(0))
         paid = 1 if "thrown away" in name else 0
         assert counts.sum() == (3 - paid) * 4, name
-        reused = "1 pilot" in name or name in (
-            "the same, prior 0",
-            "the same, n ∝ 1 - p",
-        )
+        reused = "1 pilot" in name or "prior 0" in name or "1 - p" in name
         assert kept.shape == (4, int(reused)), name
         assert np.all(counts >= kept.shape[1]), name
 
 
 def test_prop_1_is_below_the_uniform_budget_in_lemma_1s_variance():
     bank = made_up_bank(problems=8)
-    settings = variance.Config(each=3, replicates=1500)
+    settings = variance.Config(each=3, replicates=400)
     errors = []
     for name in ("uniform", "Prop. 1, true p and G"):
         generator = np.random.default_rng(0)
