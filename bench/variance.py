@@ -1,6 +1,6 @@
 """Is the budget's gradient nearer to the truth than the uniform budget's?
 
-    python bench/variance.py                  five minutes on one core
+    python bench/variance.py                  two minutes on one core
     python bench/variance.py --model runs/.../checkpoint-000010
 
 At fixed parameters a bank of responses to m problems is drawn, with the gradient of
