@@ -177,7 +177,7 @@ def assert_agreement(found, watched):
 
     steps = [row for row in found if "logp_shift" in row]
     assert len(steps) == 3 and all(row["updates"] == 1 for row in steps)
-    assert steps[0]["kl"] < 1e-6 and min(row["kl"] for row in steps[1:]) > 1e-5
+    assert steps[0]["kl"] < 1e-6 and min(row["kl"] for row in steps[1:]) > 1e-6
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
