@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gvm_grpo
@@ -58,7 +58,7 @@ def main(cfg):
     """Runs both in turns, seed by seed, and prints the tables."""
     if not find_spec("trl"):
         raise SystemExit("vs_trl.py needs the package trl: pip install trl")
-    seconds, curves = {"TRL": [], "ours": []}, {"TRL": [], "ours": []}
+    seconds, curves = {"TRL": [], "ours": []}, {}
     alone = {"mp_context": get_context("spawn"), "max_tasks_per_child": 1}
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(place, str(seed)) for seed in range(cfg.seeds)]
@@ -148,8 +148,7 @@ def train_trl(cfg, seed, folder):
     arguments = sizes | method | adam | engine | {"seed": seed}
     settings = GRPOConfig(str(folder), **arguments)
     model = AutoModelForCausalLM.from_pretrained(ours.model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(ours.model)
-    rest = {"processing_class": tokenizer, "callbacks": [Save()]}
+    rest = {"processing_class": gvm_grpo.load_tokenizer(ours), "callbacks": [Save()]}
     trainer = GRPOTrainer(model, reward, settings, Dataset.from_list(data), **rest)
 
     # A training step draws first, where it has to; the optimiser's step comes after it.
@@ -176,7 +175,6 @@ def evaluate(cfg, folder):
     return curve
 
 
-# ---- Tables
 def report(cfg, seconds, curves):
     """Cost by part, then accuracy by step."""
     responses = cfg.steps * cfg.problems_per_step * cfg.samples_per_problem
