@@ -246,20 +246,20 @@ def sample(batch, counts, sampler, progress, cfg, *, stream="train", kept=None):
             seed = np.random.SeedSequence(key).generate_state(1).item()
             new.append(Response(i, problem.prompt_ids, seed, [], []))
 
-    own = new[RANK::WORLD]
-    if own:
-        sampler.draw(own)
+    my = new[RANK::WORLD]
+    if my:
+        sampler.draw(my)
 
     texts = [
-        sampler.tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in own
+        sampler.tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in my
     ]
-    verdicts = verify_batch(texts, [batch[r.i].answer for r in own])
-    for response, text, right in zip(own, texts, verdicts):
+    verdicts = verify_batch(texts, [batch[r.i].answer for r in my])
+    for response, text, right in zip(my, texts, verdicts):
         response.boxed = extract_answer(text) is not None
         response.reward = float(right and not response.truncated)
 
     shares = [None] * WORLD
-    dist.all_gather_object(shares, own)
+    dist.all_gather_object(shares, my)
     for rank, share in enumerate(shares):
         new[rank::WORLD] = share
     for response in new:
