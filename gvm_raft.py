@@ -164,7 +164,6 @@ def choose_counts(batch, policy, sampler, progress, cfg):
     pilots = sample(batch, drawn, sampler, progress, cfg, stream=stream)
     norms = gradient_norms(policy, pilots, cfg)
     rates, norms = estimate(count_accepted(pilots), drawn, norms, cfg.prior)
-
     # nᵢ ∝ Gᵢ / √(pᵢ + α / pᵢ^(β-1))                                         Prop. 1
     w = weights(rates, norms, alpha=cfg.alpha, beta=cfg.beta)
     counts = allocate(w, sum(uniform), minimum=cfg.pilot_samples * cfg.reuse_pilot)
@@ -283,7 +282,7 @@ class Response:
         return len(self.prompt_ids) + len(self.token_ids)
 
 
-def sample(batch, counts, sampler, progress, cfg, *, stream="train", kept=None):
+def sample(batch, counts, sampler, progress, cfg, stream="train", kept=None):
     """Groups of counts[i] verified responses, the kept ones first; on all ranks."""
     groups, new = kept or [[] for _ in batch], []
     for i, problem in enumerate(batch):
@@ -293,20 +292,18 @@ def sample(batch, counts, sampler, progress, cfg, *, stream="train", kept=None):
             seed = np.random.SeedSequence(key).generate_state(1).item()
             new.append(Response(i, problem.prompt_ids, seed, [], []))
 
-    my = new[RANK::WORLD]
-    if my:
-        sampler.draw(my)
+    mine = new[RANK::WORLD]
+    if mine:
+        sampler.draw(mine)
 
-    texts = [
-        sampler.tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in my
-    ]
-    verdicts = verify_batch(texts, [batch[r.i].answer for r in my])
-    for response, text, right in zip(my, texts, verdicts):
+    texts = [sampler.decode(r.token_ids, skip_special_tokens=True) for r in mine]
+    verdicts = verify_batch(texts, [batch[r.i].answer for r in mine])
+    for response, text, right in zip(mine, texts, verdicts):
         response.boxed = extract_answer(text) is not None
         response.reward = float(right and not response.truncated)
 
     shares = [None] * WORLD
-    dist.all_gather_object(shares, my)
+    dist.all_gather_object(shares, mine)
     for rank, share in enumerate(shares):
         new[rank::WORLD] = share
     for response in new:
@@ -354,7 +351,7 @@ class TorchSampler:
     def __init__(self, cfg, tokenizer):
         model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=DTYPE)
         self.model = model.to(DEVICE)
-        self.tokenizer, self.cfg = tokenizer, cfg
+        self.decode, self.cfg = tokenizer.decode, cfg
         ends = model.generation_config.eos_token_id  # one, several or None
         self.ends = {tokenizer.eos_token_id, *np.ravel(ends)}
         self.close = dist.destroy_process_group
@@ -416,7 +413,8 @@ class VLLMSampler:
     def __init__(self, cfg, tokenizer):
         from vllm import LLM, SamplingParams
 
-        self.tokenizer, self.sleeps, self.params = tokenizer, cfg.sleep, SamplingParams
+        self.decode, self.sleeps = tokenizer.decode, cfg.sleep
+        self.params = SamplingParams
         base = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
         self.limits = base | {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
         self.llm = LLM(

@@ -52,6 +52,7 @@ def watch(script):
     def build_and_keep(self, cfg, tokenizer):
         patch_for_cpu(LLM, cfg)
         build(self, cfg, tokenizer)
+        self.tokenizer = tokenizer
         state.update(cfg=cfg, engine=self.llm.llm_engine)
 
     def draw_and_compare(self, responses):
