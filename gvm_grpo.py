@@ -367,8 +367,11 @@ class TorchSampler:
         ids_BT, mask_BT = ids_BT.clamp(min=0), (ids_BT >= 0).long()
         cache = DynamicCache(config=self.model.config)
 
-        streams = [np.random.default_rng(row.seed) for row in rows]
-        for t in trange(self.cfg.max_new_tokens, leave=False, disable=RANK > 0 or None):
+        limit = self.cfg.max_new_tokens
+        random = [np.random.default_rng(row.seed).random(limit) for row in rows]
+        uniform_BT = torch.from_numpy(1 - np.array(random)).to(DEVICE)  # in (0, 1]
+
+        for t in trange(limit, leave=False, disable=RANK > 0 or None):
             position_BT = (mask_BT.cumsum(-1) - mask_BT)[:, -ids_BT.shape[1] :]
             inputs = {"attention_mask": mask_BT, "position_ids": position_BT}
             inputs |= {"past_key_values": cache, "logits_to_keep": 1}
@@ -378,11 +381,10 @@ class TorchSampler:
                 cache.batch_select_indices(copies)
                 logit_BV, mask_BT = logit_BV[copies], mask_BT[copies]
 
-            # the first token whose cumulative probability reaches a number in (0, 1]
-            uniform_B1 = torch.from_numpy(np.array([[1 - s.random()] for s in streams]))
+            # the first token whose cumulative probability reaches its number
             logp_BV = (logit_BV / self.cfg.temperature).log_softmax(-1)
             cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
-            token_B = (cdf_BV < uniform_B1.to(DEVICE) * cdf_BV[:, -1:]).sum(-1)
+            token_B = (cdf_BV < uniform_BT[:, t, None] * cdf_BV[:, -1:]).sum(-1)
             logp_B = logp_BV.gather(-1, token_B[:, None])[:, 0]
             for row, token, logp in zip(rows, token_B.tolist(), logp_B.tolist()):
                 row.token_ids.append(token)
@@ -393,7 +395,7 @@ class TorchSampler:
                 return
             if len(live) < len(rows):
                 cache.batch_select_indices(live)
-                rows, streams = [rows[b] for b in live], [streams[b] for b in live]
+                rows, uniform_BT = [rows[b] for b in live], uniform_BT[live]
                 token_B, mask_BT = token_B[live], mask_BT[live]
             ids_BT, mask_BT = token_B[:, None], F.pad(mask_BT, (0, 1), value=1)
 
@@ -650,8 +652,6 @@ def log(folder, row):
         line += f"{min(row['counts']):2d}..{max(row['counts']):<3d} | bound "
         line += f"{row.get('bound', 1):.2f} | loss {row['loss']:+.3f} | grad "
         line += f"{row['grad_norm']:.2f} | responses {row['responses']:6,d}"
-    if row.get("updates") == 0:
-        line += " | no update: no response has weight"
     if row["truncated"] > 0.01:
         line += f" | truncated {row['truncated']:.2f}: raise --max-new-tokens?"
     print(f"step {row['step']:4d} | {line} | {row['seconds']:.0f} s", flush=True)

@@ -215,7 +215,7 @@ def test_the_line_says_where_responses_are_cut(small, tmp_path):
     (row,) = train_rows(found)
     assert row["truncated"] == 1 and row["reward"] == row["updates"] == 0
     (line,) = [line for line in printed.splitlines() if "reward" in line]
-    assert "no update" in line and "truncated 1.00" in line
+    assert "grad 0.00" in line and "truncated 1.00" in line
     assert "--max-new-tokens" in line
 
 
