@@ -241,7 +241,7 @@ def test_folders_that_hold_no_run_are_left_out(tmp_path, capsys):
 # ---- Both in miniature
 
 
-def curves(path):
+def points(path):
     """Rows of a csv of learning.py without the seconds, which differ each time."""
     return [row[:6] + row[7:] for row in csv.reader(path.open())]
 
@@ -267,7 +267,7 @@ def test_learning_runs_what_is_missing_and_plot_draws_it(tmp_path):
     done = run("learning.py", *arms, *settings)
     assert done.returncode == 0, done.stderr
     assert "0 runs are there, 4 are missing" in done.stdout
-    found = curves(tmp_path / "figure.csv")
+    found = points(tmp_path / "figure.csv")
     assert [row[0] for row in found].count("mine") == 2 * 3
 
     # A finished run stays; an unfinished one goes on; a changed source is another run.
@@ -277,7 +277,7 @@ def test_learning_runs_what_is_missing_and_plot_draws_it(tmp_path):
     )
     again = run("learning.py", *arms, *settings)
     assert "3 runs are there, 1 are missing" in again.stdout
-    assert curves(tmp_path / "figure.csv") == found
+    assert points(tmp_path / "figure.csv") == found
     with open(tmp_path / "raft.py", "a") as file:
         file.write("# another\n")
     other = run("learning.py", *arms, *settings)
