@@ -72,6 +72,7 @@ class Config:
     max_new_tokens: int = 64  # longest response
 
     learning_rate: float = 4.5e-4  # of AdamW, constant
+    max_grad_norm: float = 0.03  # longer gradients are clipped; large models take 1
     updates_per_step: int = 4  # optimiser updates, on disjoint parts of the batch
     clip_low: float = 0.2  # ε_low of Eq. 6
     clip_high: float = 0.28  # ε_high of Eq. 6
@@ -206,7 +207,8 @@ def update(policy, reference, optimizer, groups, cfg):
             (total * WORLD).backward()  # FSDP takes the mean over ranks
             sums += [loss.item(), kl.item(), shift.item()]
 
-        norm = clip_grad_norm_(policy.parameters(), 1.0, error_if_nonfinite=True)
+        limit = cfg.max_grad_norm
+        norm = clip_grad_norm_(policy.parameters(), limit, error_if_nonfinite=True)
         grad_norms.append(norm.full_tensor().item())
         optimizer.step()
         optimizer.zero_grad()
@@ -291,8 +293,7 @@ def describe(groups):
 def evaluate(problems, sampler, progress, cfg):
     """Average@k and pass@k of held-out problems, outside the budget."""
     counts = [cfg.eval_samples] * len(problems)
-    groups = sample(problems, counts, sampler, dict(progress), cfg, stream="eval")
-    row = describe(groups)
+    row = describe(sample(problems, counts, sampler, dict(progress), cfg, "eval"))
 
     rates = row.pop("accepted") / row.pop("counts")
     row |= {"accuracy": row.pop("reward"), "pass_at_k": np.mean(rates > 0)}
@@ -325,7 +326,6 @@ class TorchSampler:
         limit = self.cfg.max_new_tokens
         random = [np.random.default_rng(row.seed).random(limit) for row in rows]
         uniform_BT = torch.from_numpy(1 - np.array(random)).to(DEVICE)  # in (0, 1]
-
         for t in trange(limit, leave=False, disable=RANK > 0 or None):
             position_BT = (mask_BT.cumsum(-1) - mask_BT)[:, -ids_BT.shape[1] :]
             inputs = {"attention_mask": mask_BT, "position_ids": position_BT}
@@ -550,6 +550,7 @@ def open_run(cfg):
         folder.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(settings, indent=2))
         (folder / "metrics.jsonl").write_text(rows)
+        shutil.copy(__file__, folder)
     return folder, checkpoint, progress
 
 

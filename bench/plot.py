@@ -14,6 +14,7 @@ Takes seconds; prints what it drew and what it left out.
 
 import json
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,9 +55,11 @@ def read_runs(folders):
             config = json.loads((folder / "config.json").read_text())
             *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")
             rows = [json.loads(line) for line in lines]  # a last half line is left out
+            source = (folder / f"{config['script']}.py").read_bytes()
         except (OSError, ValueError):
             print(f"left out {folder}: it holds no run, or a damaged one")
             continue
+        config["source"] = f"{config.get('source', '')}{zlib.crc32(source):x}"
         if rows:
             runs.append((config, rows))
     if not runs:

@@ -142,7 +142,7 @@ def train_trl(cfg, seed, folder):
     method = {"loss_type": "dapo", "beta": 0.0, "temperature": ours.temperature}
     method |= {"top_k": 0, "epsilon": ours.clip_low, "epsilon_high": ours.clip_high}
     adam = {"learning_rate": cfg.learning_rate, "lr_scheduler_type": "constant"}
-    adam |= {"weight_decay": 0.01, "max_grad_norm": 1.0}  # as torch's AdamW has it
+    adam |= {"weight_decay": 0.01, "max_grad_norm": ours.max_grad_norm}
     engine = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     engine |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     arguments = sizes | method | adam | engine | {"seed": seed}

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -159,12 +160,14 @@ def test_by_default_nothing_is_written_outside_the_ignored_folder():
 # ---- plot.py
 
 
-def made_up_run(folder, **settings):
+def made_up_run(folder, source="", **settings):
     """Three evaluations and two steps of three problems; their folder."""
     folder.mkdir()
     config = {"script": "gvm_raft", "seed": 0, "run_dir": str(folder)}
     config |= {"alpha": 1e-3, "beta": 2.0, "pilot_samples": 1, "reuse_pilot": True}
-    (folder / "config.json").write_text(json.dumps(config | settings))
+    config |= settings
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / f"{config['script']}.py").write_text(source)
 
     def row(step, **values):
         return {"step": step, "responses": 24 * step} | values
@@ -180,15 +183,15 @@ def made_up_run(folder, **settings):
 
 
 def test_only_runs_that_differ_in_the_seed_are_merged(tmp_path):
-    kinds = [{"seed": 0}, {"seed": 1}, {"prior": 0.3}, {"source": "1a2b"}]
-    kinds += [{"script": "raft"}]
+    kinds = [{"seed": 0}, {"seed": 1}, {"prior": 0.3}, {"script": "raft"}]
+    kinds += [{"script": "raft", "source": "# another"}]
     folders = [made_up_run(tmp_path / str(i), **kind) for i, kind in enumerate(kinds)]
     groups = plot.group_runs(plot.read_runs(folders))
     assert {name: len(runs) for name, runs in groups.items()} == {
         "gvm_raft": 2,
         "gvm_raft --prior 0.3": 1,
-        "gvm_raft --source 1a2b": 1,
-        "raft": 1,
+        "raft --source 0": 1,
+        f"raft --source {zlib.crc32(b'# another'):x}": 1,
     }
 
 

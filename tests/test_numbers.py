@@ -16,7 +16,8 @@ import raft
 from allocator import allocate, bound, estimate, weights
 from gvm_raft import Config, Problem, Response
 
-CONFIG = Config(updates_per_step=1)
+ONE_UPDATE = {"updates_per_step": 1, "max_grad_norm": math.inf}  # of all, unclipped
+CONFIG = Config(**ONE_UPDATE)
 COUNTS = [3, 1, 2, 4]  # responses to each of the problems of an update
 
 
@@ -202,16 +203,11 @@ class Recorder:
 
 
 @pytest.fixture
-def gradient(monkeypatch, policy):
+def gradient(policy):
     """The unclipped gradient of one update, and its metrics."""
 
     def gradient(groups, cfg=CONFIG, script=gvm_raft, reference=None):
-        clip, recorder = torch.nn.utils.clip_grad_norm_, Recorder(policy)
-
-        def unclipped(weights, _, **settings):
-            return clip(weights, math.inf, **settings)
-
-        monkeypatch.setattr(script, "clip_grad_norm_", unclipped)
+        recorder = Recorder(policy)
         metrics = script.update(policy, reference, recorder, groups, cfg)
         (found,) = recorder.gradients
         return found, metrics
@@ -226,7 +222,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(
     gradient, groups, start, script, tokens, kl_coef
 ):
     groups, reference = off_policy(groups), start if kl_coef else None
-    cfg = script.Config(updates_per_step=1, kl_coef=kl_coef)
+    cfg = script.Config(**ONE_UPDATE, kl_coef=kl_coef)
     whole, metrics = gradient(groups, cfg, script, reference)
     cut = replace(cfg, tokens_per_batch=tokens)
     split, again = gradient(groups, cut, script, reference)
@@ -257,7 +253,7 @@ def test_the_gradient_is_that_of_the_clipped_objective(
     gradient, groups, plain, start, script, temperature, kl_coef
 ):
     settings = {"temperature": temperature, "kl_coef": kl_coef}
-    cfg = script.Config(updates_per_step=1, **settings)
+    cfg = script.Config(**ONE_UPDATE, **settings)
     reference, start64 = start if kl_coef else None, copy.deepcopy(start).double()
     found, metrics = gradient(off_policy(groups), cfg, script, reference)
     objective, kl, lengths, shifts, clipped = 0, 0, [], [], 0
@@ -288,7 +284,7 @@ def test_the_gradient_is_that_of_the_clipped_objective(
 def test_where_nothing_is_accepted_the_gradient_is_the_divergences(
     gradient, groups, plain, start, script
 ):
-    cfg = script.Config(updates_per_step=1, kl_coef=1.0)
+    cfg = script.Config(**ONE_UPDATE, kl_coef=1.0)
     start64 = copy.deepcopy(start).double()
     kl, tokens = 0, 0
     for response in flat(off_policy(groups)):
@@ -333,10 +329,12 @@ def test_a_part_in_which_nothing_is_accepted_makes_no_update(policy, groups):
 def test_every_part_of_the_problems_makes_an_update(policy, groups, updates):
     for group in groups:
         group[0].reward = 1.0
-    recorder, cfg = Recorder(policy), Config(updates_per_step=updates)
+    recorder = Recorder(policy)
+    cfg = Config(updates_per_step=updates, max_grad_norm=1e-3)
     metrics = gvm_raft.update(policy, None, recorder, groups, cfg)
     assert metrics["updates"] == len(recorder.gradients) == updates
-    assert all(gradient.norm() <= 1.0001 for gradient in recorder.gradients)
+    norms = [gradient.norm().item() for gradient in recorder.gradients]
+    assert norms == pytest.approx([1e-3] * updates, rel=1e-3)  # clipped
 
 
 # ---- Policy

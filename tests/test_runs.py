@@ -101,6 +101,7 @@ def test_a_run_ends_with_a_greppable_summary(done, script):
     assert float(lines["seconds_total"]) > 0
     assert lines["plot it"] == f"python bench/plot.py {folder}"
     assert json.loads((folder / "config.json").read_text())["steps"] == 2
+    assert (folder / f"{script}.py").read_text() == (ROOT / f"{script}.py").read_text()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
