@@ -65,7 +65,7 @@ class Config:
     eval_problems: str = f"{TINY}/test.jsonl"  # the same, held out
     max_prompt_tokens: int = 1024  # longer problems are dropped; those kept are counted
 
-    steps: int = 50  # E-steps and M-steps; 0 only evaluates
+    steps: int = 40  # E-steps and M-steps; 0 only evaluates
     problems_per_step: int = 128  # m of Algorithm 1
     samples_per_problem: int = 2  # mean of n_i, pilots included: N is m times this
     temperature: float = 1.0  # of sampling, in training and evaluation
