@@ -6,14 +6,12 @@ An arm is a command line; "GRPO: gvm_grpo.py --pilot-samples 0" names it. The ot
 compared with the first, seed by seed: runs of a seed see the same problems in order.
 Trains what is missing: a run stays in runs/learning/, known by a hash of its settings,
 script, allocator.py, verify_math.py, problems and model. Stopped, the same command goes
-on. Three arms with three seeds take some six minutes on two free cores.
-
+on. Three arms with three seeds take some five minutes on two free cores.
 Prints, with 95% intervals of Student's t over seeds:
   accuracy  at the end; where the arm that draws least ends; its mean up to there; and
             the paired differences to the first arm;
   needs     of the mean curves to shares of the first arm's gain, at the first crossing.
-            "2.00x": the first arm needs twice as much. The interval is a jackknife's of
-            the logarithm, left out where some seeds are needed to get there.
+            "2.00x": the first arm needs twice as much; intervals by a jackknife.
 Draws the mean curves, with bands from the worst seed to the best. The csv beside the
 figure has its numbers; --from-csv prints and draws them again. Seconds are wall-clock.
 """
@@ -73,8 +71,6 @@ class Arm(NamedTuple):
 
 
 # ---- Arms and runs
-
-
 def read_arm(text, extra=""):
     """The arm of a command line, judged by the script's own parser and its check."""
     name, _, command = text.rpartition(": ")
@@ -194,8 +190,6 @@ def make_curves(table):
 
 
 # ---- Statistics
-
-
 def t_quantile(freedom):
     """The t that Student's distribution exceeds, on both sides together, in 5%."""
     # With t = √ν tan θ its density is proportional to cos(θ)^(ν-1), |θ| < π/2.
@@ -241,8 +235,6 @@ def needs(first, runs, column, share):
 
 
 # ---- Tables and figure
-
-
 def print_table(title, header, rows):
     """A table in markdown."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
@@ -289,7 +281,7 @@ def report_needs(curves):
         for name, runs in curves.items():
             cells = [need_cell(first, runs, column, share) for share in LEVELS]
             rows.append([name, cost, *cells])
-    header = ["arm", "in", *(f"{share:.0%}" for share in LEVELS)]
+    header = ["arm", "in", *map("{:.0%}".format, LEVELS)]
     print_table("**Needed to shares of the first arm's gain**, [95%]", header, rows)
 
 

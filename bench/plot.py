@@ -9,7 +9,6 @@ policy that it starts with, so they stand where the step starts.
 Right: the responses nᵢ that each problem got in a step against the weight wᵢ that its
 pilots' rate and norm give it, for the first run of each curve. The line is Prop. 1,
 nᵢ ∝ wᵢ, above what re-used pilots take: a script that follows it has its marks there.
-Takes seconds; prints what it drew and what it left out.
 """
 
 import json

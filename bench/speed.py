@@ -12,8 +12,7 @@ sampler     TorchSampler beside generate with log-probabilities, for 512 respons
             the tiny model and 64 of a Llama of 20M parameters with random weights.
 step        Where the CPU-seconds of a default step of gvm_raft.py go.
 
-Prints a markdown table each. CPU-seconds include those of workers. Ways to do the same
-take turns, so that a busy machine slows them alike.
+Prints a table each. CPU-seconds include those of workers; the ways take turns.
 """
 
 import json
@@ -100,8 +99,6 @@ def print_table(header, rows):
 
 
 # ---- Allocation
-
-
 def allocation(cfg):
     """CPU-seconds by number of problems, whose accept rates have a long tail."""
     rows, ways = [], {"allocate": allocate, "Prop. 1 rounded": rounded}
@@ -127,7 +124,6 @@ def rounded(weights, budget):
 
 
 # ---- Verifier
-
 ENDINGS = ["So the answer is $\\boxed{%s}$.", "\\[\\boxed{%s}\\]", "Thus \\boxed{%s}."]
 
 
@@ -176,15 +172,13 @@ def make_responses(problems, generator):
 
 
 # ---- Norms, sampler, step
-
-
 def start():
     """What a default run of gvm_raft.py has at hand."""
     settings = gvm_raft.Config()
     tokenizer = gvm_raft.load_tokenizer(settings)
     problems = gvm_raft.read_problems(settings.problems, 1, tokenizer, settings)
     ours = gvm_raft.TorchSampler(settings, tokenizer)
-    return settings, problems, ours, *gvm_raft.load_trainer(None, settings)
+    return settings, tokenizer, problems, ours, *gvm_raft.load_trainer(None, settings)
 
 
 def norms(cfg):
@@ -220,52 +214,46 @@ def norms(cfg):
 
 def sampler(cfg):
     """Tokens per CPU-second of both ways to sample."""
-    rows = []
+    settings, tokenizer, problems, ours, _, _ = start()
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 32_000}
+    larger = LlamaConfig(**shape, num_hidden_layers=4, num_attention_heads=4)
+    ways, rows = {"TorchSampler": draw, "generate": generate}, []
     for name, count in {"tiny": 512, "20M": 64}.items():
-        settings, problems, ours, _, _ = start()
         if name == "20M":
-            shape = {
-                "hidden_size": 256,
-                "intermediate_size": 1024,
-                "vocab_size": 32_000,
-            }
-            shape |= {"num_hidden_layers": 4, "num_attention_heads": 4}
-            ours.model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+            ours.model = LlamaForCausalLM(larger).eval()
         batch = [problem for problem in problems[: count // 4] for _ in range(4)]
-
-        def draw(batch, ours, settings):
-            rows = [(p.index, p.prompt_ids, i, [], []) for i, p in enumerate(batch)]
-            drawn = [gvm_raft.Response(*row) for row in rows]
-            ours.draw(drawn)
-            return sum(len(response.token_ids) for response in drawn)
-
-        def generate(batch, ours, settings):
-            ids = [torch.tensor(problem.prompt_ids) for problem in batch]
-            ids_BT = gvm_raft.rnn.pad_sequence(ids, True, 0, "left")
-            mask_BT = (
-                gvm_raft.rnn.pad_sequence([x + 1 for x in ids], True, 0, "left") > 0
-            )
-            more = {"do_sample": True, "max_new_tokens": settings.max_new_tokens}
-            more |= {"return_dict_in_generate": True, "output_logits": True, "top_k": 0}
-            more |= {"attention_mask": mask_BT, "eos_token_id": [*ours.ends]}
-            with torch.inference_mode():
-                found = ours.model.generate(ids_BT, pad_token_id=0, **more)
-                stack_BTV = torch.stack(found.logits, 1).log_softmax(-1)
-                new_BT = found.sequences[:, ids_BT.shape[1] :]
-                stack_BTV.gather(-1, new_BT[..., None])
-            return int((new_BT != 0).sum())
-
-        ways = {"TorchSampler": draw, "generate": generate}
-        tokens, spent = compare(ways, batch, ours, settings, repeats=cfg.repeats)
-        speeds = [tokens[way] / spent[way] for way in ways]
-        cells = [f"{speed:,.0f}/s" for speed in speeds]
-        rows.append([name, f"{count}", *cells, f"{speeds[0] / speeds[1]:.2f}"])
+        prompts = {"input_ids": [problem.prompt_ids for problem in batch]}
+        padded = tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
+        arguments = batch, padded, ours, settings
+        tokens, spent = compare(ways, *arguments, repeats=cfg.repeats)
+        ahead, behind = (tokens[way] / spent[way] for way in ways)
+        cells = [f"{ahead:,.0f}/s", f"{behind:,.0f}/s", f"{ahead / behind:.2f}"]
+        rows.append([name, f"{count}", *cells])
     print_table(["model", "responses", *ways, "ratio"], rows)
+
+
+def draw(batch, padded, ours, settings):
+    """The tokens that TorchSampler draws."""
+    rows = [(p.index, p.prompt_ids, i, [], []) for i, p in enumerate(batch)]
+    drawn = [gvm_raft.Response(*row) for row in rows]
+    ours.draw(drawn)
+    return sum(len(response.token_ids) for response in drawn)
+
+
+@torch.inference_mode()
+def generate(batch, padded, ours, settings):
+    """The tokens that transformers' generate draws, with their log-probabilities."""
+    more = {"do_sample": True, "max_new_tokens": settings.max_new_tokens, "top_k": 0}
+    more |= {"return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
+    found = ours.model.generate(**padded, eos_token_id=[*ours.ends], **more)
+    new_BT = found.sequences[:, padded["input_ids"].shape[1] :]
+    torch.stack(found.logits, 1).log_softmax(-1).gather(-1, new_BT[..., None])
+    return int((new_BT != 0).sum())
 
 
 def step(cfg):
     """CPU-seconds of a step by phase, over an epoch."""
-    settings, problems, ours, policy, optimizer = start()
+    settings, _, problems, ours, policy, optimizer = start()
     progress, spent = {"step": 0, "responses": 0, "tokens": 0}, Counter()
     phases = ["verify_batch", "gradient_norms", "estimate", "allocate", "update"]
     for owner, name in [(ours, "draw"), *((gvm_raft, phase) for phase in phases)]:

@@ -6,7 +6,6 @@
 At fixed parameters a bank of responses to m problems is drawn, with the gradient of
 log P of each. The bank is then the world, and its means the truth: a step of two
 responses a problem draws from it with replacement, and weighs them in six ways:
-
   1/|D|        gvm_raft.py's; the truth is the gradient of the problems' mean log p
   Lemma 1      r / (n p) with the true accept rate p; the same truth
   reward       r / n; the gradient of mean p
@@ -14,7 +13,6 @@ responses a problem draws from it with replacement, and weighs them in six ways:
   GRPO         gvm_grpo.py's, (r - mean) / std / n
   token mean   r / (accepted tokens of the step), the mean of the authors' code; the
                truth is the uniform budget's, as others give problems other weights
-
 Prints, by accept rate, the gradient's norm by the head, G, its ratio to 1 - p, and what
 Prop. 1 and the best budget for centred weights give. Then, by budget, the mean of
 ||estimate - truth||² by the uniform budget's, ± 1.96 standard errors, the share of

@@ -8,11 +8,9 @@ of its own with one thread: the same number of problems, responses and updates a
 rewards (verify_math.py), learning rate, clipping and temperature, no KL term; TRL's
 loss type is dapo, the nearest to ours. CPU-seconds do not count imports, evaluation,
 files, logging, and TRL's clipping of gradients:
-
   sampling   responses and rewards; with TRL also the log-probabilities that its update
              compares with (ours are the sampler's)
   update     log-probabilities, loss, backward, optimiser, weights for the sampler
-
 Prints the cost per 1,000 responses, with the ratio's range over seeds, and held-out
 accuracy at the end, by our sampler. Of the lead, our update leaves out what has no
 weight, as its problem was always or never solved in the step; the share is printed.
