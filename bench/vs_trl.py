@@ -2,7 +2,6 @@
 
     python -m venv trl && . trl/bin/activate && pip install -r requirements.txt trl
     python bench/vs_trl.py                    ten minutes on one core
-
 gvm_grpo.py --pilot-samples 0 and TRL train the tiny model in turns, each in a process
 of its own with one thread: the same number of problems, responses and updates a step,
 rewards (verify_math.py), learning rate, clipping and temperature, no KL term; TRL's
