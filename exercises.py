@@ -3,8 +3,8 @@
     python exercises.py                  where each exercise stands
     python exercises.py 3                the text of exercise 3, and its check
     python exercises.py --at DIR         the same, for another folder than this one
-    python exercises.py --handout DIR    make a student's folder, to write code in
-    python exercises.py --hunt NAME      make the logs of exercise 8
+    python exercises.py --handout NAME   make a student's folder, to write code in
+    python exercises.py --hunt           make the logs of exercise 8
     python exercises.py --grade DIR...   marks as CSV, a row a folder, at most 20
 
 What is written in a handout trains a model: after 1 to 6 `python gvm_raft.py` draws the
@@ -12,9 +12,10 @@ tokens that the repository's own draws (the mark "run"). A check finds the truth
 another way than the function (all cases, autograd, an expectation) and says what is
 wrong in the student's numbers.
 
-To teachers: solutions are public. 1 to 6 are pass or fail, 7 to 9 carry the marks and
-vary by name. Call a student's folder by the student's name and grade from a clone, in
-a container: nothing here keeps a student's code from doing what it likes.
+A student's folder has the student's name, by which 7 to 9 vary: do not rename it.
+To teachers: solutions are public. 1 to 6 are pass or fail, 7 to 9 carry the marks.
+Grade from a clone, in a container: nothing here keeps a student's code from doing what
+it likes.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def compare(what, yours, truth, suspects=None, rtol=1e-6, atol=1e-12):
 # ---- 1 to 3: the budget
 
 
-def check_1(folder, name):
+def check_1(folder):
     """Prop. 1 (20 minutes, 1 mark): `weights` in allocator.py.
 
     Eq. 7 asks for the nᵢ of sum N that make Σᵢ 1/(1 + α/pᵢ^β) · Gᵢ²/(pᵢ nᵢ) least. In
@@ -119,7 +120,7 @@ def check_1(folder, name):
         compare("weights where p = 0 and 1", weights([0, 1], [1, 1], alpha=0), [0, 1])
 
 
-def check_2(folder, name):
+def check_2(folder):
     """Whole numbers (40 minutes, 1 mark): `allocate` in allocator.py.
 
     Return the integers nᵢ, minimum to maximum (None: no limit), that sum to the budget
@@ -171,7 +172,7 @@ def check_2(folder, name):
         compare(f"{where}, n = {n.tolist()}", n, truth)
 
 
-def check_3(folder, name):
+def check_3(folder):
     """Pilots (30 minutes, 1 mark): `estimate` in allocator.py, `dropped` in answers.py.
 
     Of drawn[i] pilots accepted[i] are right. The prior of pᵢ is a Beta distribution: it
@@ -228,7 +229,7 @@ def check_3(folder, name):
 # ---- 4 to 6: the gradient
 
 
-def check_4(folder, name):
+def check_4(folder):
     """Gradient norms (60 minutes, 1 mark): `gradient_norms` in gvm_raft.py.
 
     groups[i] holds the responses to problem i, which is their r.i, too. Return Gᵢ, an
@@ -307,7 +308,7 @@ def exact_squares(policy, response, temperature):
     return gradients.sum(0).square().sum().item(), gradients.square().sum().item()
 
 
-def check_5(folder, name):
+def check_5(folder):
     """Weights (40 minutes, 1 mark): `advantages` in gvm_raft.py, then in gvm_grpo.py.
 
     rewards is an array of the 0 and 1 of the responses to a problem. Return their
@@ -358,7 +359,7 @@ def check_5(folder, name):
         compare(f"GRPO, rewards {rewards}", weights, np.zeros(len(rewards)))
 
 
-def check_6(folder, name):
+def check_6(folder):
     """The clip (20 minutes, 1 mark): `policy_loss` in gvm_raft.py.
 
     s is the ratio of a token's probability under the policy to that when it was drawn;
@@ -395,7 +396,7 @@ def check_6(folder, name):
 # ---- 7 to 9: what it is worth
 
 
-def check_7(folder, name):
+def check_7(folder):
     """Which objective, which budget? (45 minutes, 4 marks): `budget` in answers.py.
 
     Let a problem have one parameter θ, and a response be right with p = sigmoid(θ): so
@@ -416,7 +417,7 @@ def check_7(folder, name):
         "reward": lambda r, p, slope: r * slope,
         "centred": lambda r, p, slope: (r - p) * slope,
     }
-    rng = np.random.default_rng(number_of(name or ""))
+    rng = np.random.default_rng(number_of(folder.name))
     rates, total = rng.beta(0.5, 0.8, 50).clip(0.02, 0.98), 50_000
     for objective, estimate in estimates.items():
         counts = np.asarray(budget(rates.tolist(), total, objective))
@@ -460,10 +461,10 @@ SYMPTOMS = {
 }
 
 
-def check_8(folder, name):
+def check_8(folder):
     """Read the symptoms (40 minutes, 5 marks): hunt/answer.json.
 
-    After 1 to 6, `python exercises.py --hunt NAME` runs your gvm_raft.py, four steps of
+    After 1 to 6, `python exercises.py --hunt` runs your gvm_raft.py, four steps of
     one update at temperature 0.9: as it is, and with five defects, in an order of your
     own. Their metrics.jsonl become hunt/healthy.jsonl and hunt/log-1.jsonl to log-5.
 
@@ -477,7 +478,7 @@ def check_8(folder, name):
     "A loss".
     """
     answer = read_json(folder, "hunt/answer.json")
-    for k, letter in enumerate(order_of_defects(owner(answer, name)), start=1):
+    for k, letter in enumerate(order_of_defects(folder.name), start=1):
         guess, _, metric = answer[f"log-{k}"].partition(" ")
         if guess not in DEFECTS:
             raise Missing(f"a letter for log-{k} in hunt/answer.json")
@@ -488,7 +489,7 @@ def check_8(folder, name):
             raise Wrong(f"log-{k} is {letter}, but {metric!r} does not give it away")
 
 
-def check_9(folder, name):
+def check_9(folder):
     """Does it pay? (60 minutes and the machine's, 4 marks): claim.json.
 
     Choose two arms a and b that draw as many responses: uniform (below) and GVM, or a
@@ -500,11 +501,11 @@ def check_9(folder, name):
     Of the last accuracies b - a has a mean over the five pairs, and a paired t interval
     at 95%. The verdict is "a" or "b", whichever is better, or "open" with 0 inside:
 
-        {"name": NAME, "difference": 0.1, "low": -0.2, "high": 0.4, "verdict": "open"}
+        {"difference": 0.1, "low": -0.2, "high": 0.4, "verdict": "open"}
     """
     claim = read_json(folder, "claim.json")
     accuracies, settings, drawn = [], [], []
-    for arm, seed in itertools.product("ab", seeds(owner(claim, name))):
+    for arm, seed in itertools.product("ab", seeds(folder.name)):
         run = f"pays/{arm}-{seed}"
         config = read_json(folder, f"{run}/config.json")
         rows = read_json(folder, f"{run}/metrics.jsonl")
@@ -537,7 +538,7 @@ def check_9(folder, name):
 # ---- The mark "run", and what the checks need
 
 
-def check_run(folder, name):
+def check_run(folder):
     """Your functions in training (1 mark): gvm_raft.py draws the repository's tokens.
 
     Both train for three steps, here and in a clone of the repository.
@@ -604,13 +605,6 @@ def seeds(name):
     return [number_of(name) % 10_000 + k for k in range(5)]
 
 
-def owner(answer, name):
-    """Whose answer it is; when grading, it has to be the student's own."""
-    if name not in (None, answer["name"]):
-        raise Wrong(f"this is the answer of {answer['name']!r}, not of {name!r}")
-    return answer["name"]
-
-
 # ---- Commands
 
 CHECKS = [check_1, check_2, check_3, check_4, check_5, check_6, check_run]
@@ -619,12 +613,12 @@ CHECKS = {check.__name__.removeprefix("check_"): check for check in CHECKS}
 MARKS = dict.fromkeys(CHECKS, 1) | {"7": 4, "8": 5, "9": 4}
 
 
-def verdict(label, folder, name=None):
+def verdict(label, folder):
     """What a check says, in a sentence."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # numpy's
-            CHECKS[label](folder, name)
+            CHECKS[label](folder)
         return "passes"
     except NotImplementedError:
         return "not written yet"
@@ -671,14 +665,14 @@ def cut(path, functions):
     return "".join(lines)
 
 
-def hunt(folder, name):
+def hunt(folder):
     """Makes the logs of exercise 8: a sound run, and one with each defect."""
     if (folder / "hunt").exists():
         raise SystemExit(f"{folder / 'hunt'} is there already")
     source = (folder / "gvm_raft.py").read_text()
     options = ["--steps", "4", "--updates-per-step", "1", "--temperature", "0.9"]
     logs = {"healthy": ("", "")}
-    for k, letter in enumerate(order_of_defects(name), start=1):
+    for k, letter in enumerate(order_of_defects(folder.name), start=1):
         logs[f"log-{k}"] = DEFECTS[letter]
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -693,7 +687,7 @@ def hunt(folder, name):
             (scratch / "gvm_raft.py").write_text(source.replace(right, wrong))
             train(scratch, scratch / log, *options)
             (scratch / log / "metrics.jsonl").rename(scratch / "hunt" / f"{log}.jsonl")
-        answer = {"name": name} | {log: "" for log in logs if log != "healthy"}
+        answer = {log: "" for log in logs if log != "healthy"}
         (scratch / "hunt" / "answer.json").write_text(json.dumps(answer, indent=2))
         shutil.move(scratch / "hunt", folder)
 
@@ -714,7 +708,7 @@ def grade(folders):
 
 def check_apart(label, folder, seconds=120):
     """What a check says in a process of its own, which a crash or a hang may end."""
-    command = [sys.executable, __file__, label, "--at", folder, "--name", folder.name]
+    command = [sys.executable, __file__, label, "--at", folder]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -732,8 +726,7 @@ def main():
     parser.add_argument("--at", type=Path, default=HERE, metavar="DIR")
     parser.add_argument("--handout", type=Path, metavar="DIR")
     parser.add_argument("--grade", type=Path, nargs="+", metavar="DIR")
-    parser.add_argument("--hunt", metavar="NAME")
-    parser.add_argument("--name", help=argparse.SUPPRESS)  # whose answers these must be
+    parser.add_argument("--hunt", action="store_true")
     args = parser.parse_args()
     sys.dont_write_bytecode = True  # in a student's folder
 
@@ -749,13 +742,13 @@ def main():
     folder = args.at.resolve()
     if args.hunt:
         try:
-            return hunt(folder, args.hunt)
+            return hunt(folder)
         except Wrong as error:
             raise SystemExit(str(error)) from None
 
     if args.exercise:
         print(inspect.cleandoc(CHECKS[args.exercise].__doc__), end="\n\n")
-        said = verdict(args.exercise, folder, args.name)
+        said = verdict(args.exercise, folder)
         print(f"exercise {args.exercise}: {said}")
         return sys.exit(said != "passes")
     for label, check in CHECKS.items():
