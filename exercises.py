@@ -39,7 +39,6 @@ import numpy as np
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-MODULES = ["allocator", "verify_math", "gvm_raft", "gvm_grpo", "answers"]
 
 # What a handout holds, and the functions that lose their bodies in it
 HANDOUT = ["allocator.py", "gvm_raft.py", "verify_math.py", "exercises.py", "tiny"]
@@ -64,10 +63,6 @@ def budget(rates, total, objective):
 
 class Wrong(Exception):
     """What is wrong in a student's numbers, in a sentence."""
-
-
-class Missing(Exception):
-    """What is not there."""
 
 
 def compare(what, yours, truth, suspects=None, rtol=1e-6, atol=1e-12):
@@ -481,7 +476,7 @@ def check_8(folder):
     for k, letter in enumerate(order_of_defects(folder.name), start=1):
         guess, _, metric = answer[f"log-{k}"].partition(" ")
         if guess not in DEFECTS:
-            raise Missing(f"a letter for log-{k} in hunt/answer.json")
+            raise Wrong(f"log-{k} has no letter in hunt/answer.json")
         if guess != letter:
             (shown, *_), how = SYMPTOMS[guess]
             raise Wrong(f"log-{k} is not {guess}: that would make {shown} {how}")
@@ -544,7 +539,7 @@ def check_run(folder):
     Both train for three steps, here and in a clone of the repository.
     """
     if not (HERE / "raft.py").is_file():
-        raise Missing("the repository's run: check in a clone, not in a handout")
+        raise Wrong("the repository's run is not here: check in a clone")
     options = ["--steps", "3", "--eval-samples", "1"]
     with tempfile.TemporaryDirectory() as scratch:
         theirs = train(HERE, Path(scratch) / "theirs", *options)
@@ -567,27 +562,17 @@ def train(folder, run_dir, *options):
 
 def load(folder, module):
     """A student's module, and what it imports, from their folder."""
-    if not (folder / f"{module}.py").is_file():
-        raise Missing(f"{module}.py")
-    for name in MODULES:
-        known = sys.modules.get(name)
-        if known and Path(known.__file__).parent != folder:
-            del sys.modules[name]
+    (folder / f"{module}.py").resolve(strict=True)  # is there
     sys.path.insert(0, str(folder))
     return importlib.import_module(module)
 
 
 def read_json(folder, name):
     """What a file holds: JSON, or a list of what each line of JSON lines does."""
-    if not (folder / name).is_file():
-        raise Missing(name)
     text = (folder / name).read_text()
-    try:
-        if name.endswith(".jsonl"):
-            return [json.loads(line) for line in text.splitlines()]
-        return json.loads(text)
-    except ValueError as error:
-        raise Wrong(f"{name} is no JSON: {error}") from None
+    if name.endswith(".jsonl"):
+        return [json.loads(line) for line in text.splitlines()]
+    return json.loads(text)
 
 
 def number_of(text):
@@ -622,8 +607,8 @@ def verdict(label, folder):
         return "passes"
     except NotImplementedError:
         return "not written yet"
-    except Missing as error:
-        return f"not handed in: {error}"
+    except FileNotFoundError as error:
+        return f"not handed in: {error.filename}"
     except Wrong as error:
         return f"wrong: {error}"
     except (Exception, SystemExit) as error:
