@@ -70,15 +70,15 @@ def compare(what, yours, truth, suspects=None, rtol=1e-6, atol=1e-12):
     yours, truth = np.asarray(yours, float), np.asarray(truth, float)
     if yours.shape != truth.shape:
         raise Wrong(f"{what}: yours have shape {yours.shape}, not {truth.shape}")
-    bad = np.flatnonzero(~np.isclose(yours, truth, rtol, atol))
-    if len(bad) == 0:
+    right = np.isclose(yours, truth, rtol, atol)
+    if right.all():
         return
     for label, numbers in (suspects or {}).items():
         if np.allclose(yours, numbers, rtol, atol):
             raise Wrong(f"{what}: yours {label}")
-    place = f"number {bad[0]} is" if truth.size > 1 else "yours is"
-    numbers = f"{yours.flat[bad[0]]:.6g}, but {truth.flat[bad[0]]:.6g} is right"
-    raise Wrong(f"{what}: {place} {numbers}")
+    i = right.argmin()
+    numbers = f"{yours.flat[i]:.6g}, but should be {truth.flat[i]:.6g}"
+    raise Wrong(f"{what}: number {i} is {numbers}")
 
 
 # ---- 1 to 3: the budget
@@ -97,22 +97,17 @@ def check_1(folder):
     norms = np.array([1.0, 2.0, 0.5, 3.0, 1.5, 0.2])
     for alpha, beta in [(0, 2), (1e-3, 2), (1e-2, 2), (1, 2), (1e-3, 3), (0.1, 4)]:
         yours = weights(rates.tolist(), norms.tolist(), alpha=alpha, beta=beta)
-        # Eq. 7 is Σ factor/n.
+        # Eq. 7 is Σ factor/n, and it is Σ w²/n.
         factors = 1 / (1 + alpha / rates**beta) * norms**2 / rates
         suspects = {
             "leave out α": norms / np.sqrt(rates),
-            "are the squares wᵢ²": factors,
             "rise with pᵢ where Eq. 7 falls": norms * np.sqrt(rates),
         }
-        # At the best nᵢ, Eq. 7 falls at one slope, whoever gets more.
-        counts = 100 * yours / yours.sum()
-        slopes = factors / counts**2
-        where = f"α = {alpha}, β = {beta}, weights"
-        if np.ptp(slopes) > 1e-6 * slopes.max():
-            compare(where, yours, np.sqrt(factors), suspects)
-        compare(f"{where}: Σ w²/n", np.sum(yours**2 / counts), np.sum(factors / counts))
-    with np.errstate(all="raise"):
-        compare("weights where p = 0 and 1", weights([0, 1], [1, 1], alpha=0), [0, 1])
+        what = f"weights, α = {alpha}, β = {beta}"
+        compare(what, yours, np.sqrt(factors), suspects)
+
+    never = weights([0, 1], [1, 1], alpha=0)
+    compare("weights where p = 0 and 1", never, [0, 1])
 
 
 def check_2(folder):
@@ -125,46 +120,42 @@ def check_2(folder):
     """
     allocate = load(folder, "allocator").allocate
 
-    def counts_of(w, budget, low, high=None):
-        n = np.asarray(allocate(w, budget, minimum=low, maximum=high))
-        where = f"w = {np.round(w[:4], 2).tolist()}, N = {budget}, {low} to {high}"
-        if n.shape != np.shape(w) or (n != n.round()).any() or n.sum() != budget:
-            raise Wrong(f"{where}: {n} are not {len(w)} integers that sum to {budget}")
-        if n.min() < low or (high and n.max() > high):
-            raise Wrong(f"{where}: your n go from {n.min()} to {n.max()}")
-        return n, where
+    def counts_of(w, budget, low, high):
+        counts = np.asarray(allocate(w, budget, minimum=low, maximum=high))
+        allowed = range(low, (high or budget) + 1)
+        whole = counts.shape == w.shape and set(counts.tolist()) <= set(allowed)
+        if not whole or counts.sum() != budget:
+            what = f"{len(w)} integers of {low} to {high} that sum to {budget}"
+            raise Wrong(f"w = {w.round(2)}: {counts} are not {what}")
+        return counts
 
-    # Few problems: all there is.
+    # Few problems: all there is, and of equals the one that gives the first most
     rng = np.random.default_rng(0)
-    for m, low in itertools.product([1, 2, 3, 4], [0, 1]):
-        for budget in range(m, 13):
-            w = rng.lognormal(sigma=1.5, size=m)
-            n, where = counts_of(w, budget, low)
-            ways = itertools.product(range(1, budget + 1), repeat=m)
-            sums = [(np.sum(w**2 / way), way) for way in ways if sum(way) == budget]
-            least, best = min(sums)
-            yours = np.sum(w**2 / n) if n.all() else np.inf
-            if yours > least * (1 + 1e-9):
-                but = f"make Eq. 7 {yours:.4g}, but {list(best)} make it {least:.4g}"
-                raise Wrong(f"{where}: your n = {n.tolist()} {but}")
+    cases = [rng.lognormal(sigma=1.5, size=m) for m in [1, 2, 3, 4]]
+    cases += [np.array([1.0, 1.0, 1.0]), np.array([0.0, 1.0])]
+    for w, low, high in itertools.product(cases, [0, 1], [5, 12]):
+        ways = itertools.product(range(high, low - 1, -1), repeat=len(w))
+        ways = np.array(list(ways))
+        sums = np.sum(w**2 / np.maximum(ways, 1e-9), axis=1)
+        for budget in range(len(w), min(len(w) * high, 12) + 1):
+            counts = counts_of(w, budget, low, high)
+            there = ways.sum(axis=1) == budget
+            best = np.where(there, sums, np.inf).argmin()
+            if (counts != ways[best]).any():
+                yours = sums[(ways == counts).all(axis=1)][0]
+                yours = f"your n = {counts.tolist()} make Eq. 7 {yours:.4g}"
+                but = f"but {ways[best].tolist()} make it {sums[best]:.4g}"
+                raise Wrong(f"w = {w.round(2)}, {low} to {high}: {yours}, {but}")
 
     # Many problems: no response is better off elsewhere.
     w = rng.lognormal(sigma=1.5, size=200)
-    for low, high in [(0, None), (1, None), (2, 40)]:
-        n, where = counts_of(w, 1600, low, high)
-        if not n.all():
-            raise Wrong(f"{where}: problem {n.argmin()} gets 0, which makes Eq. 7 ∞")
-        gains = np.where(n < (high or 1600), w**2 / n - w**2 / (n + 1), 0)
-        fewer = np.maximum(n - 1, 1)
-        losses = np.where(n > max(low, 1), w**2 / fewer - w**2 / n, np.inf)
-        i, j = losses.argmin(), gains.argmax()
-        if gains[j] > losses[i] * (1 + 1e-9):
-            move = f"one from problem {i} (n = {n[i]}) to problem {j} (n = {n[j]})"
-            raise Wrong(f"{where}: {move} lowers Eq. 7 by {gains[j] - losses[i]:.3g}")
-
-    for w, truth in [([1, 1, 1], [2, 1, 1]), ([0, 1, 0], [0, 4, 0]), ([0, 0], [2, 2])]:
-        n, where = counts_of(w, 4, 0)
-        compare(f"{where}, n = {n.tolist()}", n, truth)
+    counts = counts_of(w, 1600, 1, None)
+    gains = w**2 / counts - w**2 / (counts + 1)
+    losses = w**2 / np.maximum(counts - 1, 1e-9) - w**2 / counts
+    i, j = losses.argmin(), gains.argmax()
+    if gains[j] > losses[i] * (1 + 1e-9):
+        move = f"one from problem {i} (n = {counts[i]}) to {j} (n = {counts[j]})"
+        raise Wrong(f"200 problems: {move} lowers Eq. 7")
 
 
 def check_3(folder):
@@ -181,44 +172,40 @@ def check_3(folder):
     """
     estimate = load(folder, "allocator").estimate
     accepted, drawn = np.array([0, 1, 4, 7, 0]), np.array([8, 8, 8, 8, 4])
-    norms, hit = np.array([0, 1.5, 1, 0.25, 0]), accepted > 0
+    norms, solved = np.array([0, 1.5, 1, 0.25, 0]), accepted > 0
     share, mean = accepted / drawn, accepted.sum() / drawn.sum()
-    p = 1 / (1 + np.exp(-np.linspace(-150, 150, 30_001)))
     for prior in [0, 1, 4]:
-        # The posterior's mean by quadrature over the log-odds of p: dp = p (1 - p) dx
-        truth = share.copy()
-        for i in range(len(drawn) if prior else 0):
-            right = accepted[i] + prior * mean
-            failed = drawn[i] - accepted[i] + prior * (1 - mean)
-            density = p**right * p[::-1] ** failed
-            truth[i] = np.average(p, weights=density)
-        lists = accepted.tolist(), drawn.tolist(), norms.tolist()
-        rates, filled = estimate(*lists, prior)
-        suspects = {
-            "are the shares, without a prior": share,
-            "have a prior of mean 1/2": (accepted + prior / 2) / (drawn + prior),
-            "count pseudo-pilots as right": (accepted + prior) / (drawn + prior),
-        }
-        compare(f"prior {prior}, p̂", rates, truth, suspects)
+        yours = estimate(accepted.tolist(), drawn.tolist(), norms.tolist(), prior)
 
-        scaled = (1 - truth) * norms[hit].sum() / (1 - truth)[hit].sum()
+        # The posterior's mean by quadrature over the log-odds of p: dp = p (1 - p) dx
+        p = 1 / (1 + np.exp(-np.linspace(-150, 150, 30_001)))[:, None]
+        right = accepted + prior * mean
+        failed = drawn - accepted + prior * (1 - mean)
+        density = p**right * p[::-1] ** failed
+        truth = (p * density).sum(0) / density.sum(0) if prior else share
+        suspects = {
+            "have a prior of mean 1/2": (accepted + prior / 2) / (drawn + prior)
+        }
+        compare(f"prior {prior}, p̂", yours[0], truth, suspects)
+
+        scale = norms[solved].sum() / (1 - truth)[solved].sum()
         suspects = {
             "are 0 without an accepted pilot": norms,
-            "lack the others' scale": np.where(hit, norms, 1 - truth),
-            "are the others' mean": np.where(hit, norms, norms[hit].mean()),
+            "lack the others' scale": np.where(solved, norms, 1 - truth),
         }
-        compare(f"prior {prior}, Ĝ", filled, np.where(hit, norms, scaled), suspects)
+        truth = np.where(solved, norms, scale * (1 - truth))
+        compare(f"prior {prior}, Ĝ", yours[1], truth, suspects)
 
     dropped = load(folder, "answers").dropped
     for size, pilots in [(20, 8), (10, 3), (5, 1)]:
         rates = np.random.default_rng(0).beta(0.5, 1, size)
         draws = np.random.default_rng(1).binomial(pilots, rates, (100_000, size))
-        shares = (draws == 0).mean(1)
-        truth, error = shares.mean(), shares.std() / len(shares) ** 0.5
+        shares = (draws == 0).mean(axis=1)
+        error = shares.std() / len(shares) ** 0.5
         suspects = {"takes all rates for their mean": (1 - rates.mean()) ** pilots}
-        what = f"dropped, {size} problems with {pilots} pilots"
         yours = dropped(rates.tolist(), pilots)
-        compare(what, yours, truth, suspects, rtol=0, atol=4 * error)
+        what = f"dropped, {size} problems with {pilots} pilots"
+        compare(what, yours, shares.mean(), suspects, rtol=0, atol=4 * error)
 
 
 # ---- 4 to 6: the gradient
