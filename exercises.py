@@ -223,61 +223,55 @@ def check_4(folder):
     On several ranks, dist.all_reduce the sums of squares.
     """
     gvm_raft = load(folder, "gvm_raft")
-    policy, responses = small_policy(gvm_raft)
-    places = [r.i for r in responses]
-    groups = [[r for r in responses if r.i == i] for i in range(max(places) + 1)]
-    right = np.array([r.reward for r in responses])
+    gvm_raft.start_processes()
+    rewards = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 1], [1, 1, 1]])
+    policy, groups = greedy_responses(gvm_raft, rewards)
+    exact = copy.deepcopy(policy).double()
+    policy.to(gvm_raft.DEVICE)
 
-    def mean_over(chosen, values):
-        counts = np.bincount(places, chosen)
-        return np.bincount(places, chosen * values) / np.maximum(counts, 1)
+    def root_mean(squares, number):
+        return np.sqrt(np.sum(rewards * squares, axis=1) / number)
 
-    for temperature in [1.0, 0.7, 0.06]:  # at the last one the policy is sure
+    for temperature in [1.0, 0.7, 0.2]:  # at the last one the policy is sure
         cfg = gvm_raft.Config(temperature=temperature, tokens_per_batch=24)
         yours = gvm_raft.gradient_norms(policy, groups, cfg)
 
-        exact = copy.deepcopy(policy).cpu().double()
-        rows = [exact_squares(exact, r, temperature) for r in responses]
-        squares, apart = np.array(rows).T
-        cold = np.array([exact_squares(exact, r, 1.0) for r in responses])[:, 0]
-        truth, all_of_them = np.sqrt(mean_over(right, squares)), np.ones(len(right))
+        whole, apart = np.zeros([2, 4, 3])
+        for i, k in itertools.product(range(4), range(3)):
+            gradients = token_gradients(exact, groups[i][k], temperature)
+            whole[i, k] = gradients.sum(0).square().sum()
+            apart[i, k] = gradients.square().sum()
+        accepted = np.maximum(rewards.sum(axis=1), 1)
+        truth = root_mean(whole, accepted)
         suspects = {
-            "are those of temperature 1": np.sqrt(mean_over(right, cold)),
             "lack a factor 1/T": truth * temperature,
-            "are means of norms, not root mean squares": mean_over(right, squares**0.5),
-            "count rejected responses": np.sqrt(mean_over(all_of_them, squares)),
-            "divide by all responses": np.sqrt(mean_over(all_of_them, right * squares)),
-            "leave out what two tokens share": np.sqrt(mean_over(right, apart)),
+            "divide by all responses": root_mean(whole, 3),
+            "leave out what two tokens share": root_mean(apart, accepted),
         }
         compare(f"T = {temperature}, G", yours, truth, suspects, rtol=1e-4)
 
 
-def small_policy(gvm_raft):
-    """A random model, and ragged responses of its likeliest tokens, which repeat."""
+def greedy_responses(gvm_raft, rewards):
+    """The tiny model, and ragged responses of its likeliest tokens, which repeat."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 13}
-    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
-    policy = LlamaForCausalLM(config).eval()
-    policy.lm_head.weight.data *= 10
+    policy = gvm_raft.AutoModelForCausalLM.from_pretrained(HERE / "tiny" / "model")
+    prompts = torch.randint(policy.config.vocab_size, [rewards.size, 3])
+    settings = {"do_sample": False, "min_new_tokens": 13, "max_new_tokens": 13}
+    rows = policy.generate(prompts, **settings).tolist()
 
-    responses = []
-    for k, reward in enumerate([1, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1]):
-        prompt, size = [k, 5, 12 - k][: 1 + k % 3], 1 + 7 * k % 11
-        settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        ids = policy.generate(torch.tensor([prompt]), max_new_tokens=size, **settings)
-        drawn = {"token_ids": ids[0, -size:].tolist(), "logprobs": [], "reward": reward}
-        responses.append(gvm_raft.Response(k // 3, prompt, seed=0, **drawn))
-    return policy.to(gvm_raft.DEVICE), responses
+    groups = [[] for _ in rewards]
+    for k, row in enumerate(rows):
+        i, start, end = k // 3, 3 + k % 3, 16 - 7 * k % 11
+        response = gvm_raft.Response(i, row[:start], 0, row[start:end], [])
+        response.reward = rewards.flat[k]
+        groups[i].append(response)
+    return policy, groups
 
 
-def exact_squares(policy, response, temperature):
-    """||Σₜ gₜ||² and Σₜ ||gₜ||², gₜ the gradient of a token's log P, by autograd."""
+def token_gradients(policy, response, temperature):
+    """The gradient of each token's log P by the output head, from autograd."""
     import torch
 
     ids = torch.tensor(response.prompt_ids + response.token_ids)
@@ -286,8 +280,7 @@ def exact_squares(policy, response, temperature):
     for t in range(len(response.prompt_ids), len(ids)):
         logp, head = logps[t - 1, ids[t]], policy.lm_head.weight
         gradients += torch.autograd.grad(logp, head, retain_graph=True)
-    gradients = torch.stack(gradients)
-    return gradients.sum(0).square().sum().item(), gradients.square().sum().item()
+    return torch.stack(gradients)
 
 
 def check_5(folder):
