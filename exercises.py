@@ -40,9 +40,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 
-# What a handout holds, and the functions that lose their bodies in it
-HANDOUT = ["allocator.py", "gvm_raft.py", "verify_math.py", "exercises.py", "tiny"]
-HANDOUT += ["requirements.txt", "LICENSE"]
+# What a handout holds: files, tiny/, and files whose functions lose their bodies
+HANDOUT = ["verify_math.py", "exercises.py", "requirements.txt", "LICENSE"]
 CUT = {
     "allocator.py": ["weights", "allocate", "estimate"],
     "gvm_raft.py": ["gradient_norms", "advantages", "policy_loss"],
@@ -61,8 +60,8 @@ def budget(rates, total, objective):
 '''
 
 
-class Wrong(Exception):
-    """What is wrong in a student's numbers, in a sentence."""
+class Wrong(SystemExit):
+    """Says in a sentence what is wrong in a student's numbers."""
 
 
 def compare(what, yours, truth, suspects=None, rtol=1e-6, atol=1e-12):
@@ -404,7 +403,7 @@ def check_7(folder):
             )
 
 
-# Defects of gvm_raft.py: the right text, the wrong one; what shows it, and how
+# Defects of gvm_raft.py: the right text, the wrong one; metrics that show it, and how
 DEFECTS = {
     "A": ("logit_TV[place]", "logit_TV[1:][place]"),
     "B": (".float() / cfg.temperature", ".float()"),
@@ -413,14 +412,11 @@ DEFECTS = {
     "E": ("problem.index, number]", "problem.index]"),
 }
 SYMPTOMS = {
-    "A": (["logp_shift"], "larger than 1"),
-    "B": (
-        ["logp_shift"],
-        "larger than 1e-6 from the first step on, but smaller than 1",
-    ),
-    "C": (["logp_shift"], "larger than 1e-6 from the second step on"),
+    "A": (["logp_shift"], "is larger than 1"),
+    "B": (["logp_shift"], "is 1e-6 to 1 from the first step on"),
+    "C": (["logp_shift"], "is larger than 1e-6 from the second step on"),
     "D": (["responses", "tokens"], "grow by more than the sum of the counts"),
-    "E": (["pass_at_k", "accepted"], "equal to the accuracy"),
+    "E": (["pass_at_k", "accepted"], "are those of one response to each problem"),
 }
 
 
@@ -437,17 +433,16 @@ def check_8(folder):
         D  pilots are thrown away, not kept among the nᵢ
         E  all responses to a problem have the same random numbers
 
-    In answer.json give each log its letter and a metric that gives the defect away, as
-    "A loss".
+    Write hunt/answer.json: of each log the letter, and a metric that gives it away:
+
+        {"log-1": "A loss", "log-2": ...}
     """
-    answer = read_json(folder, "hunt/answer.json")
+    answer = json.loads((folder / "hunt" / "answer.json").read_text())
     for k, letter in enumerate(order_of_defects(folder.name), start=1):
         guess, _, metric = answer[f"log-{k}"].partition(" ")
-        if guess not in DEFECTS:
-            raise Wrong(f"log-{k} has no letter in hunt/answer.json")
         if guess != letter:
-            (shown, *_), how = SYMPTOMS[guess]
-            raise Wrong(f"log-{k} is not {guess}: that would make {shown} {how}")
+            metrics, how = SYMPTOMS[guess]
+            raise Wrong(f"log-{k} is not {guess}: then {' and '.join(metrics)} {how}")
         if metric not in SYMPTOMS[letter][0]:
             raise Wrong(f"log-{k} is {letter}, but {metric!r} does not give it away")
 
@@ -466,33 +461,28 @@ def check_9(folder):
 
         {"difference": 0.1, "low": -0.2, "high": 0.4, "verdict": "open"}
     """
-    claim = read_json(folder, "claim.json")
+    claim = json.loads((folder / "claim.json").read_text())
     accuracies, settings, drawn = [], [], []
     for arm, seed in itertools.product("ab", seeds(folder.name)):
-        run = f"pays/{arm}-{seed}"
-        config = read_json(folder, f"{run}/config.json")
-        rows = read_json(folder, f"{run}/metrics.jsonl")
-        if config["seed"] != seed or rows[-1]["step"] != config["steps"]:
-            raise Wrong(f"{run} has another seed, or has not ended")
-        accuracies.append([row["accuracy"] for row in rows if "accuracy" in row][-1])
+        run = folder / "pays" / f"{arm}-{seed}"
+        config = json.loads((run / "config.json").read_text())
+        *_, last = rows_of((run / "metrics.jsonl").read_text())
+        if config["seed"] != seed or last["step"] != config["steps"]:
+            raise Wrong(f"pays/{run.name} has another seed, or has not ended")
+        accuracies.append(last["accuracy"])
         settings.append(config | {"seed": arm, "run_dir": arm})
-        drawn.append(rows[-1]["responses"])
+        drawn.append(last["responses"])
     if settings.count(settings[0]) != 5 or settings.count(settings[5]) != 5:
         raise Wrong("the runs of an arm differ in more than the seed")
     if min(drawn) != max(drawn):
         raise Wrong(f"a draws {drawn[0]} responses, but b {drawn[5]}")
 
-    a, b = np.split(np.array(accuracies), 2)
-    difference, error = (b - a).mean(), (b - a).std(ddof=1) / 5**0.5
-    sides = np.array([-1, 1])
-    low, high = truth = difference + 2.776 * error * sides  # t, 4 degrees of freedom
-    compare("difference", claim["difference"], difference, atol=1e-3)
-    suspects = {
-        "has the normal's 1.96, not t's 2.776": difference + 1.96 * error * sides,
-        "has n, not n - 1, in the std": difference + 2.776 * 0.8**0.5 * error * sides,
-    }
-    interval = [claim["low"], claim["high"]]
-    compare("interval", interval, truth, suspects, atol=1e-3)
+    a, b = np.array(accuracies).reshape(2, 5)
+    error = (b - a).std(ddof=1) / 5**0.5 * np.array([0, -1, 1])
+    difference, low, high = truth = (b - a).mean() + 2.776 * error  # t of 4 degrees
+    yours = [claim["difference"], claim["low"], claim["high"]]
+    suspects = {"have the normal's 1.96, not t's 2.776": difference + 1.96 * error}
+    compare("difference, low and high", yours, truth, suspects, atol=1e-3)
     verdict = "b" if low > 0 else "a" if high < 0 else "open"
     if claim["verdict"] != verdict:
         raise Wrong(f"verdict: {low:.3f} to {high:.3f} says {verdict!r}")
@@ -509,23 +499,28 @@ def check_run(folder):
     if not (HERE / "raft.py").is_file():
         raise Wrong("the repository's run is not here: check in a clone")
     options = ["--steps", "3", "--eval-samples", "1"]
-    with tempfile.TemporaryDirectory() as scratch:
-        theirs = train(HERE, Path(scratch) / "theirs", *options)
-        yours = train(folder, Path(scratch) / "yours", *options)
-    for row, truth in zip(yours, theirs, strict=True):
+    yours = train(folder / "gvm_raft.py", *options)
+    truth = train(HERE / "gvm_raft.py", *options)
+    for row, right in zip(rows_of(yours), rows_of(truth), strict=True):
         for metric in ["counts", "accepted", "responses", "tokens", "accuracy"]:
-            if row.get(metric) != truth.get(metric):
+            if row.get(metric) != right.get(metric):
                 raise Wrong(f"step {row['step']}: the run has other {metric}")
 
 
-def train(folder, run_dir, *options):
-    """The rows of metrics.jsonl from a run of the folder's gvm_raft.py."""
-    command = [sys.executable, folder / "gvm_raft.py", "--run-dir", run_dir, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    if done.returncode:
-        last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-        raise Wrong(f"gvm_raft.py does not run (1 to 6 first?): {''.join(last)}")
-    return read_json(run_dir, "metrics.jsonl")
+def train(script, *options):
+    """What a run of a gvm_raft.py writes to metrics.jsonl."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, script, "--run-dir", scratch, *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        if done.returncode:
+            last = (done.stdout + done.stderr).strip().rpartition("\n")[2]
+            raise Wrong(f"gvm_raft.py does not run (1 to 6 first?): {last}")
+        return (Path(scratch) / "metrics.jsonl").read_text()
+
+
+def rows_of(text):
+    """The rows of a metrics.jsonl."""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def load(folder, module):
@@ -533,14 +528,6 @@ def load(folder, module):
     (folder / f"{module}.py").resolve(strict=True)  # is there
     sys.path.insert(0, str(folder))
     return importlib.import_module(module)
-
-
-def read_json(folder, name):
-    """What a file holds: JSON, or a list of what each line of JSON lines does."""
-    text = (folder / name).read_text()
-    if name.endswith(".jsonl"):
-        return [json.loads(line) for line in text.splitlines()]
-    return json.loads(text)
 
 
 def number_of(text):
@@ -588,61 +575,43 @@ def verdict(label, folder):
 
 def make_handout(target):
     """Copies what a student gets, without the bodies of what they are to write."""
-    sources = {name: cut(HERE / name, functions) for name, functions in CUT.items()}
-    sources["answers.py"] = ANSWERS
-    target.mkdir(parents=True)
+    if target.exists():
+        raise Wrong(f"{target} is there already")
+    shutil.copytree(HERE / "tiny", target / "tiny")
     for name in HANDOUT:
-        if (HERE / name).is_dir():
-            shutil.copytree(HERE / name, target / name)
-        else:
-            shutil.copy(HERE / name, target)
-    for name, source in sources.items():
-        (target / name).write_text(source)
+        shutil.copy(HERE / name, target)
+    for name, functions in CUT.items():
+        (target / name).write_text(cut(HERE / name, functions))
+    (target / "answers.py").write_text(ANSWERS)
     print(f"{target} is ready; in it: python exercises.py")
 
 
 def cut(path, functions):
-    """The source without the bodies of functions, and without helpers of theirs."""
+    """The source without the bodies of the functions, which keep their docstrings."""
     source = path.read_text()
     lines = source.splitlines(keepends=True)
     for node in reversed(ast.parse(source).body):
         if isinstance(node, ast.FunctionDef) and node.name in functions:
             body = [f'    raise NotImplementedError("{node.name}")\n']
             lines[node.body[0].end_lineno : node.end_lineno] = body
-
-    source = "".join(lines)
-    for node in reversed(ast.parse(source).body):
-        private = isinstance(node, ast.FunctionDef) and node.name.startswith("_")
-        if private and source.count(f"{node.name}(") == 1:
-            del lines[node.lineno - 1 : node.end_lineno]
     return "".join(lines)
 
 
 def hunt(folder):
-    """Makes the logs of exercise 8: a sound run, and one with each defect."""
-    if (folder / "hunt").exists():
-        raise SystemExit(f"{folder / 'hunt'} is there already")
+    """Makes the logs of exercise 8: of a sound run, and of one with each defect."""
     source = (folder / "gvm_raft.py").read_text()
     options = ["--steps", "4", "--updates-per-step", "1", "--temperature", "0.9"]
-    logs = {"healthy": ("", "")}
+    defects = {"healthy": ("", "")}
     for k, letter in enumerate(order_of_defects(folder.name), start=1):
-        logs[f"log-{k}"] = DEFECTS[letter]
+        defects[f"log-{k}"] = DEFECTS[letter]
 
-    with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
-        (scratch / "hunt").mkdir()
-        shutil.copytree(folder / "tiny", scratch / "tiny")
-        for module in ["allocator.py", "verify_math.py"]:
-            shutil.copy(folder / module, scratch)
-        for log, (right, wrong) in tqdm(logs.items(), disable=None):
-            if right not in source:
-                raise Wrong(f"gvm_raft.py holds no {right!r} to plant a defect in")
-            (scratch / "gvm_raft.py").write_text(source.replace(right, wrong))
-            train(scratch, scratch / log, *options)
-            (scratch / log / "metrics.jsonl").rename(scratch / "hunt" / f"{log}.jsonl")
-        answer = {log: "" for log in logs if log != "healthy"}
-        (scratch / "hunt" / "answer.json").write_text(json.dumps(answer, indent=2))
-        shutil.move(scratch / "hunt", folder)
+    script = folder / "planted.py"
+    for log, (right, wrong) in tqdm(defects.items(), disable=None):
+        script.write_text(source.replace(right, wrong))
+        rows = train(script, *options)
+        (folder / "hunt").mkdir(exist_ok=True)
+        (folder / "hunt" / f"{log}.jsonl").write_text(rows)
+    script.unlink()
 
 
 def grade(folders):
@@ -666,7 +635,7 @@ def check_apart(label, folder, seconds=120):
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return f"takes more than {seconds} s"
-    *_, last = ["", *(done.stderr + done.stdout).strip().splitlines()]
+    last = (done.stderr + done.stdout).strip().rpartition("\n")[2]
     if not last.startswith(f"exercise {label}: "):
         return f"crashes with exit code {done.returncode}: {last}"
     return last.removeprefix(f"exercise {label}: ")
@@ -684,20 +653,15 @@ def main():
     sys.dont_write_bytecode = True  # in a student's folder
 
     if args.handout:
-        if args.handout.exists():
-            raise SystemExit(f"{args.handout} is there already")
         return make_handout(args.handout)
-    for folder in args.grade or [args.at]:
+    folders = [folder.resolve() for folder in args.grade or [args.at]]
+    for folder in folders:
         if not folder.is_dir():
-            raise SystemExit(f"{folder}: no such folder")
+            raise Wrong(f"{folder}: no such folder")
     if args.grade:
-        return grade([folder.resolve() for folder in args.grade])
-    folder = args.at.resolve()
+        return grade(folders)
     if args.hunt:
-        try:
-            return hunt(folder)
-        except Wrong as error:
-            raise SystemExit(str(error)) from None
+        return hunt(folder)
 
     if args.exercise:
         print(inspect.cleandoc(CHECKS[args.exercise].__doc__), end="\n\n")
