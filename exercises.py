@@ -32,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import traceback
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -46,18 +45,13 @@ CUT = {
     "allocator.py": ["weights", "allocate", "estimate"],
     "gvm_raft.py": ["gradient_norms", "advantages", "policy_loss"],
 }
-ANSWERS = '''"""Exercises 3 and 7: what the repository does not hold."""
-
-
-def dropped(rates, pilots):
-    """The expected share of problems that prior 0 drops."""
+ANSWERS = """def dropped(rates, pilots):
     raise NotImplementedError("dropped")
 
 
 def budget(rates, total, objective):
-    """How many of total responses each problem gets: integers."""
     raise NotImplementedError("budget")
-'''
+"""
 
 
 class Wrong(SystemExit):
@@ -78,6 +72,14 @@ def compare(what, yours, truth, suspects=None, rtol=1e-6, atol=1e-12):
     i = right.argmin()
     numbers = f"{yours.flat[i]:.6g}, but should be {truth.flat[i]:.6g}"
     raise Wrong(f"{what}: number {i} is {numbers}")
+
+
+def check_counts(what, counts, size, low, high, total):
+    """Refuses what are not so many integers, low to high, of that sum."""
+    right = counts.shape == (size,) and counts.sum() == total
+    if not right or not set(counts.tolist()) <= set(range(low, high + 1)):
+        numbers = f"{size} integers of {low} to {high} that sum to {total}"
+        raise Wrong(f"{what}: {counts} are not {numbers}")
 
 
 # ---- 1 to 3: the budget
@@ -119,15 +121,6 @@ def check_2(folder):
     """
     allocate = load(folder, "allocator").allocate
 
-    def counts_of(w, budget, low, high):
-        counts = np.asarray(allocate(w, budget, minimum=low, maximum=high))
-        allowed = range(low, (high or budget) + 1)
-        whole = counts.shape == w.shape and set(counts.tolist()) <= set(allowed)
-        if not whole or counts.sum() != budget:
-            what = f"{len(w)} integers of {low} to {high} that sum to {budget}"
-            raise Wrong(f"w = {w.round(2)}: {counts} are not {what}")
-        return counts
-
     # Few problems: all there is, and of equals the one that gives the first most
     rng = np.random.default_rng(0)
     cases = [rng.lognormal(sigma=1.5, size=m) for m in [1, 2, 3, 4]]
@@ -136,24 +129,25 @@ def check_2(folder):
         ways = itertools.product(range(high, low - 1, -1), repeat=len(w))
         ways = np.array(list(ways))
         sums = np.sum(w**2 / np.maximum(ways, 1e-9), axis=1)
+        what = f"w = {w.round(2)}, {low} to {high}"
         for budget in range(len(w), min(len(w) * high, 12) + 1):
-            counts = counts_of(w, budget, low, high)
-            there = ways.sum(axis=1) == budget
-            best = np.where(there, sums, np.inf).argmin()
-            if (counts != ways[best]).any():
-                yours = sums[(ways == counts).all(axis=1)][0]
-                yours = f"your n = {counts.tolist()} make Eq. 7 {yours:.4g}"
-                but = f"but {ways[best].tolist()} make it {sums[best]:.4g}"
-                raise Wrong(f"w = {w.round(2)}, {low} to {high}: {yours}, {but}")
+            yours = np.asarray(allocate(w, budget, minimum=low, maximum=high))
+            check_counts(what, yours, len(w), low, high, budget)
+            best = np.where(ways.sum(axis=1) == budget, sums, np.inf).argmin()
+            if (yours != ways[best]).any():
+                there = np.flatnonzero((ways == yours).all(axis=1))[0]
+                but = f"but {ways[best]} make it {sums[best]:.4g}"
+                raise Wrong(f"{what}: your {yours} make Eq. 7 {sums[there]:.4g}, {but}")
 
     # Many problems: no response is better off elsewhere.
     w = rng.lognormal(sigma=1.5, size=200)
-    counts = counts_of(w, 1600, 1, None)
-    gains = w**2 / counts - w**2 / (counts + 1)
-    losses = w**2 / np.maximum(counts - 1, 1e-9) - w**2 / counts
+    n = np.asarray(allocate(w, 1600, minimum=1, maximum=None))
+    check_counts("200 problems", n, 200, 1, 1600, 1600)
+    gains = w**2 / n - w**2 / (n + 1)
+    losses = w**2 / np.maximum(n - 1, 1e-9) - w**2 / n
     i, j = losses.argmin(), gains.argmax()
     if gains[j] > losses[i] * (1 + 1e-9):
-        move = f"one from problem {i} (n = {counts[i]}) to {j} (n = {counts[j]})"
+        move = f"one from problem {i} (n = {n[i]}) to {j} (n = {n[j]})"
         raise Wrong(f"200 problems: {move} lowers Eq. 7")
 
 
@@ -202,7 +196,7 @@ def check_3(folder):
         shares = (draws == 0).mean(axis=1)
         error = shares.std() / len(shares) ** 0.5
         suspects = {"takes all rates for their mean": (1 - rates.mean()) ** pilots}
-        yours = dropped(rates.tolist(), pilots)
+        yours = dropped(rates, pilots)
         what = f"dropped, {size} problems with {pilots} pilots"
         compare(what, yours, shares.mean(), suspects, rtol=0, atol=4 * error)
 
@@ -375,27 +369,22 @@ def check_7(folder):
     takes any weights. For which of the three is Prop. 1 right?
     """
     budget = load(folder, "answers").budget
-    estimates = {
-        "log": lambda r, p, slope: r * slope / p,
-        "reward": lambda r, p, slope: r * slope,
-        "centred": lambda r, p, slope: (r - p) * slope,
-    }
     rng = np.random.default_rng(number_of(folder.name))
-    rates, total = rng.beta(0.5, 0.8, 50).clip(0.02, 0.98), 50_000
-    for objective, estimate in estimates.items():
-        counts = np.asarray(budget(rates.tolist(), total, objective))
-        whole = counts.shape == rates.shape and (counts == counts.round()).all()
-        if not whole or counts.min() < 1 or counts.sum() != total:
-            what = f"{len(rates)} integers of at least 1 that sum to {total}"
-            raise Wrong(f"{objective}: {counts} are not {what}")
+    p, total = rng.beta(0.5, 0.8, 50).clip(0.02, 0.98), 50_000
+    outcomes = {  # the estimate for a right response, and for a wrong one
+        "log": ((1 - p) / p, 0),
+        "reward": (1 - p, 0),
+        "centred": ((1 - p) * (1 - p), (0 - p) * -p),
+    }
+    for objective, (right, failed) in outcomes.items():
+        yours = np.asarray(budget(p, total, objective))
+        check_counts(objective, yours, len(p), 1, total, total)
 
-        # The variance of one response, which has two outcomes
-        right, failed = estimate(1, rates, 1 - rates), estimate(0, rates, -rates)
-        variances = rates * (1 - rates) * (right - failed) ** 2
+        variances = p * (1 - p) * (right - failed) ** 2  # of one response
         least = np.sqrt(variances).sum() ** 2 / total  # Cauchy and Schwarz
-        ratio = np.sum(variances / counts) / least
-        paper = (1 - rates) / rates**0.5
-        same = np.allclose(counts / total, paper / paper.sum(), rtol=0, atol=1e-3)
+        ratio = np.sum(variances / yours) / least
+        paper = (1 - p) / p**0.5
+        same = np.allclose(yours / total, paper / paper.sum(), rtol=0, atol=1e-3)
         if ratio > 1.001:
             whose = "Prop. 1's budget, as yours," if same else "your budget"
             raise Wrong(
@@ -556,8 +545,7 @@ MARKS = dict.fromkeys(CHECKS, 1) | {"7": 4, "8": 5, "9": 4}
 def verdict(label, folder):
     """What a check says, in a sentence."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)  # numpy's
+        with np.errstate(divide="raise", invalid="raise"):
             CHECKS[label](folder)
         return "passes"
     except NotImplementedError:
