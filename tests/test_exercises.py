@@ -144,7 +144,7 @@ MISTAKES = [
         "allocator.py",
         "minimum, w",
         "np.multiply(minimum, 0), w",
-        "integers of 1 to 5",
+        "integers of 1 to 4",
     ),
     (
         "2",
@@ -153,6 +153,7 @@ MISTAKES = [
         "len(w) - 1 - np.argsort(-gains[::-1])",
         "your [1 1 2] make",
     ),
+    ("2", "allocator.py", "few < many", "few <= many", "integers of 1 to 4"),
     (
         "2",
         "allocator.py",
