@@ -79,7 +79,7 @@ def check_counts(what, counts, size, low, high, total):
         raise Wrong(f"{what}: {counts.flat[:4]} are not {numbers}")
 
 
-# ---- 1 to 3: the budget
+# ---- The checks
 
 
 def check_1(folder):
@@ -200,9 +200,6 @@ def check_3(folder):
     compare("dropped", yours, shares.mean(), suspects, rtol=0, atol=4 * error)
 
 
-# ---- 4 to 6: the gradient
-
-
 def check_4(folder):
     """Gradient norms (60 minutes, 1 mark): `gradient_norms` in gvm_raft.py.
 
@@ -314,9 +311,8 @@ def check_5(folder):
         compare(f"GRPO, rewards {rewards}", advantages(rewards), truth, suspects)
         compare("GRPO, rewards 3 + r/2", advantages(3 + rewards / 2), truth)
 
-    for size in [1, 4]:
-        for rewards in [np.zeros(size), np.ones(size)]:
-            compare(f"GRPO, rewards {rewards}", advantages(rewards), np.zeros(size))
+    for rewards in [np.zeros(1), np.ones(1), np.zeros(4), np.ones(3)]:
+        compare(f"GRPO, rewards {rewards}", advantages(rewards), 0 * rewards)
 
 
 def check_6(folder):
@@ -350,9 +346,6 @@ def check_6(folder):
         where = f"weight {weight}, ratios {ratios.tolist()}"
         compare(f"{where}, losses", loss_T.detach(), truth, suspects)
         compare(f"{where}, slopes", slope_T, truth * ~beyond)
-
-
-# ---- 7 to 9: what it is worth
 
 
 def check_7(folder):
@@ -425,8 +418,8 @@ def check_8(folder):
         D  pilots are thrown away, not kept among the nᵢ
         E  all responses to a problem have the same random numbers
 
-    Write hunt/answer.json: {"log-1": "A loss", ...}, of each log the letter and a metric
-    that gives the defect away.
+    In hunt/answer.json give each log a letter and a metric that gives the defect away:
+    {"log-1": "A loss", ...}
     """
     answer = json.loads((folder / "hunt" / "answer.json").read_text())
     for k, letter in enumerate(order_of_defects(folder.name), start=1):
@@ -482,9 +475,6 @@ def check_9(folder):
         raise Wrong(f"verdict: {low:.3f} to {high:.3f} says {verdict!r}")
 
 
-# ---- The mark "run", and what the checks need
-
-
 def check_run(folder):
     """All in training (1 mark): your gvm_raft.py draws the repository's tokens."""
     if not (HERE / "raft.py").is_file():
@@ -496,6 +486,9 @@ def check_run(folder):
         for metric in ["counts", "accepted", "responses", "tokens", "accuracy"]:
             if row.get(metric) != right.get(metric):
                 raise Wrong(f"step {row['step']}: the run has other {metric}")
+
+
+# ---- What they need
 
 
 def train(script, *options):
