@@ -208,15 +208,24 @@ def check_4(folder):
     there are none. log P(y) is a sum over the tokens of y, at cfg.temperature, and ∇ is
     with respect to the output head W alone: logits = W h. Derive ∇: a sum of outer
     products, whose norm needs no matrix as large as W. `micro_batches` cuts the work;
-    `run_policy` gives logits (divided by the temperature), h and tokens of a response.
-    On several ranks, dist.all_reduce the sums of squares.
+    `run_policy` gives logits (divided by the temperature), h and tokens of a response;
+    `sum_over_ranks` adds up.
     """
     gvm_raft = load(folder, "gvm_raft")
     gvm_raft.start_processes()
-    rewards = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 1], [1, 1, 1]])
-    policy, groups = greedy_responses(gvm_raft, rewards)
+    policy = gvm_raft.AutoModelForCausalLM.from_pretrained(HERE / "tiny" / "model")
     exact = copy.deepcopy(policy).double()
     policy.to(gvm_raft.DEVICE)
+
+    # Ragged responses of few tokens, which repeat
+    rng = np.random.default_rng(0)
+    rewards = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 1], [1, 1, 1]])
+    groups = [[], [], [], []]
+    for i, k in np.ndindex(4, 3):
+        prompt = rng.integers(9, size=2 + k).tolist()
+        drawn = rng.integers(9, size=1 + 3 * i + k).tolist()
+        response = gvm_raft.Response(i, prompt, 0, drawn, [], reward=rewards[i, k])
+        groups[i].append(response)
 
     def root_mean(squares, number):
         return np.sqrt(np.sum(rewards * squares, axis=1) / number)
@@ -238,26 +247,6 @@ def check_4(folder):
             "leave out what two tokens share": root_mean(apart, accepted),
         }
         compare(f"T = {temperature}, G", yours, truth, suspects, rtol=1e-4)
-
-
-def greedy_responses(gvm_raft, rewards):
-    """The tiny model, and ragged responses of its likeliest tokens, which repeat."""
-    import torch
-
-    torch.manual_seed(0)
-    policy = gvm_raft.AutoModelForCausalLM.from_pretrained(HERE / "tiny" / "model")
-    prompts = torch.randint(policy.config.vocab_size, [12, 3])
-    settings = {"do_sample": False, "min_new_tokens": 14, "max_new_tokens": 14}
-    rows = policy.generate(prompts, **settings).tolist()
-
-    groups = [[], [], [], []]
-    for (i, k), row in zip(np.ndindex(4, 3), rows):
-        start = 3 + k
-        end = start + 1 + 3 * i + k
-        response = gvm_raft.Response(i, row[:start], 0, row[start:end], [])
-        response.reward = rewards[i, k]
-        groups[i].append(response)
-    return policy, groups
 
 
 def token_gradients(policy, response, temperature):
