@@ -399,7 +399,7 @@ def check_8(folder):
 
     After 1 to 6, `python exercises.py --hunt` runs your gvm_raft.py, four steps of one
     update at temperature 0.9: as it is, and with five defects, in an order of your own.
-    Their metrics.jsonl become hunt/healthy.jsonl and hunt/log-1.jsonl to log-5.jsonl.
+    Their metrics.jsonl become hunt/log-0.jsonl, the sound one, and log-1 to log-5.
 
         A  the policy's log-probabilities are those of one place further on
         B  they are not divided by the temperature
@@ -573,16 +573,13 @@ def hunt(folder):
     """Makes the logs of exercise 8: of a sound run, and of one with each defect."""
     source = (folder / "gvm_raft.py").read_text()
     options = ["--steps", "4", "--updates-per-step", "1", "--temperature", "0.9"]
-    defects = {"healthy": ("", "")}
-    for k, letter in enumerate(order_of_defects(folder.name), start=1):
-        defects[f"log-{k}"] = DEFECTS[letter]
-
     script = folder / "planted.py"
-    for log, (right, wrong) in tqdm(defects.items(), disable=None):
+    defects = [("", "")] + [DEFECTS[letter] for letter in order_of_defects(folder.name)]
+    for k, (right, wrong) in enumerate(tqdm(defects, disable=None)):
         script.write_text(source.replace(right, wrong))
         rows = train(script, *options)
         (folder / "hunt").mkdir(exist_ok=True)
-        (folder / "hunt" / f"{log}.jsonl").write_text(rows)
+        (folder / "hunt" / f"log-{k}.jsonl").write_text(rows)
     script.unlink()
 
 

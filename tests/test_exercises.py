@@ -298,7 +298,7 @@ def test_the_logs_of_the_hunt_show_the_symptoms(tmp_path):
     for path in (tmp_path / "alice" / "hunt").glob("*.jsonl"):
         logs[path.stem] = list(map(json.loads, path.read_text().splitlines()))
     letters = enumerate(exercises.order_of_defects("alice"), start=1)
-    names = {letter: f"log-{k}" for k, letter in letters} | {"none": "healthy"}
+    names = {letter: f"log-{k}" for k, letter in letters} | {"none": "log-0"}
 
     for letter, name in names.items():
         first, *steps, last = logs[name]
