@@ -71,7 +71,7 @@ def compare(what, yours, truth, suspects=None, rtol=1e-6, atol=1e-12):
     raise Wrong(f"{what}: number {i} is {numbers}")
 
 
-def check_counts(what, counts, size, low, high, total):
+def require_counts(what, counts, size, low, high, total):
     """Refuses what are not so many integers, low to high, of that sum."""
     right = counts.shape == (size,) and counts.sum() == total
     if not right or not set(counts.tolist()) <= set(range(low, high + 1)):
@@ -128,7 +128,7 @@ def check_2(folder):
         eq_7 = np.sum(w**2 / np.maximum(ways, 1e-9), axis=1)
         for budget in range(m, min(m * high, 12) + 1):
             yours = np.asarray(allocate(w, budget, minimum=low, maximum=high))
-            check_counts(what, yours, m, low, high, budget)
+            require_counts(what, yours, m, low, high, budget)
             best = np.where(ways.sum(axis=1) == budget, eq_7, np.inf).argmin()
             same = (ways == yours).all(axis=1).argmax()
             if same != best:
@@ -138,7 +138,7 @@ def check_2(folder):
     # Many problems: one more gains w²/(n(n+1)), never more than any last one did.
     w = rng.lognormal(sigma=1.5, size=200)
     n = np.asarray(allocate(w, 1600, minimum=1, maximum=None))
-    check_counts("200 problems", n, 200, 1, 1600, 1600)
+    require_counts("200 problems", n, 200, 1, 1600, 1600)
     last = n * (n - 1) / w**2
     following = n * (n + 1) / w**2
     i, j = last.argmax(), following.argmin()
@@ -363,7 +363,7 @@ def check_7(folder):
     }
     for objective, (right, failed) in outcomes.items():
         yours = np.asarray(budget(p, total, objective))
-        check_counts(objective, yours, len(p), 1, total, total)
+        require_counts(objective, yours, len(p), 1, total, total)
 
         variances = p * (1 - p) * (right - failed) ** 2  # of one response
         least = np.sqrt(variances).sum() ** 2 / total  # Cauchy and Schwarz
