@@ -8,8 +8,8 @@ One step is Algorithm 1 of the paper:
 It differs from gvm_raft.py in line 4. --pilot-samples 0 is plain GRPO.
 
   Lemma 1      Σᵢ 1/(nᵢ pᵢ) Σ ∇ log P(y) over accepted y is unbiased  advantages
-  Algorithm 1  1/|Dᵢ| instead, Lemma 1 with p̂ᵢ = |Dᵢ|/nᵢ of the step  main, advantages
-  Eq. 5        the objective, log-likelihood of accepted responses    update
+  Algorithm 1  centred rewards, 1/nᵢ each, instead of Lemma 1's       main, advantages
+  Eq. 5        the objective, log-likelihood of responses by weight   update
   Eq. 6        clipped ratio; 1/(mean length), not 1/|y|          policy_loss, update
   Eq. 7        Σᵢ 1/(1 + α/pᵢ^β) Gᵢ²/(pᵢ nᵢ), the variance's bound    choose_counts
   Prop. 1      nᵢ ∝ Gᵢ / √(pᵢ + α / pᵢ^(β-1)), which minimises it     choose_counts
@@ -67,16 +67,16 @@ class Config:
     model: str = f"{TINY}/model"  # Hugging Face folder or hub name
     problems: str = f"{TINY}/train.jsonl"  # JSON lines with problem and answer
     eval_problems: str = f"{TINY}/test.jsonl"  # the same, held out
-    max_prompt_tokens: int = 1024  # longer problems are dropped, with a count
+    max_prompt_tokens: int = 1024  # longer problems are dropped; those kept are counted
 
-    steps: int = 50  # E-steps and M-steps; 0 only evaluates
+    steps: int = 40  # E-steps and M-steps; 0 only evaluates
     problems_per_step: int = 128  # m of Algorithm 1
     samples_per_problem: int = 2  # mean of n_i, pilots included: N is m times this
     pilot_samples: int = 1  # N' of Algorithm 2; 0 is the uniform budget
     reuse_pilot: bool = True  # train on pilots; if not, they come on top of N
-    prior: float = 1.0  # pseudo-pilots at the batch's accept rate; the paper has 0
+    prior: float = 1.0  # pseudo-pilots at the batch's accept rate, about 1; paper: 0
     alpha: float = 1e-3  # α of Eq. 7 keeps n_i bounded as p_i goes to 0
-    beta: float = 2.0  # β of Eq. 7
+    beta: float = 2.0  # β of Eq. 7, from 2 to 9
     temperature: float = 1.0  # of sampling, in training and evaluation
     max_new_tokens: int = 64  # longest response
 
@@ -91,7 +91,7 @@ class Config:
     eval_every: int = 5  # steps between evaluations
     save_every: int = 10  # steps between checkpoints
     seed: int = 0  # of all random numbers
-    run_dir: str = ""  # new: runs/<script>-<time>; a run that is there goes on
+    run_dir: str = ""  # new: runs/<script>-<time>-<id>; a run that is there goes on
     sampler: Literal["torch", "vllm"] = "torch"  # vllm is for GPUs
     sleep: bool = False  # vllm frees its GPU memory between its turns
     tokens_per_batch: int = 4096  # of a micro-batch, with padding
@@ -99,7 +99,7 @@ class Config:
 
 
 def main(cfg):
-    """Sets up, then runs Algorithm 1, one line a line."""
+    """Sets up, then runs Algorithm 1, each of its lines in one."""
     check(cfg)
     start_processes()
     tokenizer = load_tokenizer(cfg)
@@ -122,8 +122,8 @@ def main(cfg):
         start = time.perf_counter()
         batch = next_problems(problems, step, cfg)  # m problems           Algorithm 1
         counts, pilots, metrics = choose_counts(batch, policy, sampler, progress, cfg)
-        groups = sample(batch, counts, sampler, progress, cfg, kept=pilots)
-        metrics |= update(policy, reference, optimizer, groups, cfg)
+        groups = sample(batch, counts, sampler, progress, cfg, kept=pilots)  # accept
+        metrics |= update(policy, reference, optimizer, groups, cfg)  # M-step
         sampler.load(policy)  # which draws from the new policy from now on
 
         done = progress["step"] = step + 1
@@ -174,19 +174,19 @@ def choose_counts(batch, policy, sampler, progress, cfg):
 
 @torch.no_grad()
 def gradient_norms(policy, groups, cfg):
-    """Gᵢ [m]: root mean square of ||∇ log P(y)||₂ over accepted responses y, where ∇ is
-    by the output head W (logits = W h); 2e-3 off where 1 - p = 1e-5, 0.12 at 1e-7."""
+    """Gᵢ [m]: root mean square of ||∇ log P(y)||₂ over accepted responses y, ∇ by
+    the output head W (logits = W h); 0.2% off where a token has 1 - P = 1e-5."""
     accepted = [r for group in groups for r in group if r.reward]
     squares = np.zeros(len(groups))
     for micro in micro_batches(accepted, cfg):
-        rows = run_policy(policy, micro or accepted[:1], cfg)
+        rows = run_policy(policy, micro or accepted[:1], cfg)  # no rank stays away
         for response, (logit_TV, hidden_TD, target_T) in zip(micro, rows):
             d_TV = F.one_hot(target_T, logit_TV.shape[-1]) - logit_TV.softmax(-1)
             # ∇ log P = Σₜ dₜ hₜᵀ, so its squared norm is Σₛₜ (dₛ·dₜ)(hₛ·hₜ)
             square = ((d_TV @ d_TV.T) * (hidden_TD @ hidden_TD.T)).sum()
             squares[response.i] += square.item() / cfg.temperature**2
 
-    # Gᵢ² = mean of ||∇ log P(y)||² over accepted y                          Lemma 1
+    # Gᵢ² = mean of ||∇ log P(y)||² over accepted y                     Algorithm 2
     return np.sqrt(sum_over_ranks(squares) / np.maximum(count_accepted(groups), 1))
 
 
@@ -202,12 +202,12 @@ def policy_loss(logp_T, old_logp_T, weight, clip_low, clip_high):
     """Loss of each token of a response, [T]; old_logp_T are the sampler's own."""
     ratio_T = (logp_T - old_logp_T).exp()  # on-policy 1 in value, but not in gradient
     clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
-    # min(sₜ A, clip(sₜ, 1 - ε_low, 1 + ε_high) A)                             Eq. 6
+    # min(sₜ A, clip(sₜ, 1 - ε_low, 1 + ε_high) A), sₜ ratio, A weight         Eq. 6
     return -torch.minimum(ratio_T * weight, clipped_T * weight)
 
 
 def weigh(groups, cfg):
-    """The responses that teach, with their weights: every problem counts the same."""
+    """Responses of a part that teach; in their weights every problem counts alike."""
     batch = []
     for group in filter(len, groups):
         values = advantages(np.array([r.reward for r in group])) / len(groups)
@@ -222,10 +222,10 @@ def update(policy, reference, optimizer, groups, cfg):
     """M-step: an optimiser update for each of updates_per_step parts of the batch."""
     sums, tokens, grad_norms = np.zeros(3), 0, []
     for part in range(cfg.updates_per_step):
-        # Weights are fixed before the batch is cut, so that the cuts do not matter.
+        # Weights are fixed before micro-batches are cut: these cuts do not matter.
         batch = weigh(groups[part :: cfg.updates_per_step], cfg)
         if not batch:
-            continue  # nothing was accepted: there is nothing to learn
+            continue  # nothing has weight: there is nothing to learn
 
         lengths = [len(r.token_ids) for r in batch]
         tokens += sum(lengths)
@@ -233,15 +233,15 @@ def update(policy, reference, optimizer, groups, cfg):
         for micro in micro_batches(batch, cfg):
             turn = micro or batch[:1]  # a rank without work goes along, for no loss
             logps = token_logprobs(policy, turn, cfg)
-            starts = token_logprobs(reference, turn, cfg) if reference else logps
+            references = token_logprobs(reference, turn, cfg) if reference else logps
 
-            loss = kl = shift = 0 * logps[0].sum()
-            for response, logp_T, start_T in zip(micro, logps, starts):
+            loss = kl = shift = 0 * logps[0].sum()  # 0, but backward runs
+            for response, logp_T, reference_T in zip(micro, logps, references):
                 old_T = logp_T.new_tensor(response.logprobs)
                 clip = cfg.clip_low, cfg.clip_high
-                # Σ log P over accepted responses, through its ratio           Eq. 5
+                # Σ weight log P over responses, through its ratio             Eq. 5
                 loss = loss + policy_loss(logp_T, old_T, response.weight, *clip).sum()
-                gap_T = start_T - logp_T
+                gap_T = reference_T - logp_T
                 kl = kl + (gap_T.exp() - gap_T - 1).sum()  # the k3 estimator
                 shift = shift + (logp_T - old_T).abs().sum()
 
@@ -335,7 +335,7 @@ def describe(groups):
 
 
 def evaluate(problems, sampler, progress, cfg):
-    """Average@k and pass@k of held-out problems, outside the budget."""
+    """Average@k and pass@k of held-out problems, outside the budget and progress."""
     counts = [cfg.eval_samples] * len(problems)
     row = describe(sample(problems, counts, sampler, dict(progress), cfg, "eval"))
 
@@ -361,29 +361,29 @@ class TorchSampler:
         if len(rows) > 512:
             self.draw(rows[512:])
         rows = rows[:512]
-        # A prompt runs once for all its responses, padded on the left.
+        # A prompt runs once for all its responses, padded on the left with a masked -1.
         prompts = {row.i: torch.tensor(row.prompt_ids) for row in rows}
         ids_BT = rnn.pad_sequence([*prompts.values()], True, -1, "left").to(DEVICE)
         ids_BT, mask_BT = ids_BT.clamp(min=0), (ids_BT >= 0).long()
         cache = DynamicCache(config=self.model.config)
 
         limit = self.cfg.max_new_tokens
-        random = [np.random.default_rng(row.seed).random(limit) for row in rows]
-        uniform_BT = torch.from_numpy(1 - np.array(random)).to(DEVICE)  # in (0, 1]
+        numbers = [np.random.default_rng(row.seed).random(limit) for row in rows]
+        random_BT = torch.from_numpy(1 - np.array(numbers)).to(DEVICE)  # in (0, 1]
         for t in trange(limit, leave=False, disable=RANK > 0 or None):
             position_BT = (mask_BT.cumsum(-1) - mask_BT)[:, -ids_BT.shape[1] :]
             inputs = {"attention_mask": mask_BT, "position_ids": position_BT}
             inputs |= {"past_key_values": cache, "logits_to_keep": 1}
             logit_BV = self.model(ids_BT, **inputs).logits[:, -1].float()
             if t == 0:  # from one row a prompt to one row a response
-                copies = [list(prompts).index(row.i) for row in rows]
-                cache.batch_select_indices(copies)
-                logit_BV, mask_BT = logit_BV[copies], mask_BT[copies]
+                parents = [list(prompts).index(row.i) for row in rows]
+                cache.batch_select_indices(parents)
+                logit_BV, mask_BT = logit_BV[parents], mask_BT[parents]
 
-            # the first token whose cumulative probability reaches its number
+            # the first token whose cumulative probability reaches its random number
             logp_BV = (logit_BV / self.cfg.temperature).log_softmax(-1)
             cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
-            token_B = (cdf_BV < uniform_BT[:, t, None] * cdf_BV[:, -1:]).sum(-1)
+            token_B = (cdf_BV < random_BT[:, t, None] * cdf_BV[:, -1:]).sum(-1)
             logp_B = logp_BV.gather(-1, token_B[:, None])[:, 0]
             for row, token, logp in zip(rows, token_B.tolist(), logp_B.tolist()):
                 row.token_ids.append(token)
@@ -394,7 +394,7 @@ class TorchSampler:
                 return
             if len(live) < len(rows):
                 cache.batch_select_indices(live)
-                rows, uniform_BT = [rows[b] for b in live], uniform_BT[live]
+                rows, random_BT = [rows[b] for b in live], random_BT[live]
                 token_B, mask_BT = token_B[live], mask_BT[live]
             ids_BT, mask_BT = token_B[:, None], F.pad(mask_BT, (0, 1), value=1)
 
@@ -468,9 +468,9 @@ def load_policy(source, cfg, train=True):
         model.gradient_checkpointing_enable()
     precision = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh(DEVICE, (WORLD,))
-    # Sharded even after a forward pass without a backward one: others read the shards.
+    # Sharded even after a forward pass without backward: sampler and save read shards.
     settings = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": True}
-    for layer in list(model.modules()):
+    for layer in list(model.modules()):  # sharding renames classes
         if type(layer).__name__ in model._no_split_modules:
             layer.training = cfg.gradient_checkpointing  # its switch; dropout stays off
             layer.dropout = 0.0  # opt drops in the layer itself
@@ -512,9 +512,9 @@ def micro_batches(responses, cfg):
 # ---- Problems, run folder, processes
 def check(cfg):
     """Refuses settings that make no sense, before anything is loaded or written."""
-    sizes = cfg.samples_per_problem, cfg.temperature, cfg.max_new_tokens
-    if min(*sizes, cfg.eval_samples, cfg.eval_every, cfg.save_every) <= 0:
-        raise SystemExit("--temperature and numbers of things must be above 0")
+    sizes = cfg.samples_per_problem, cfg.max_new_tokens, cfg.eval_every, cfg.save_every
+    if min(*sizes, cfg.eval_samples, cfg.temperature, cfg.max_grad_norm) <= 0:
+        raise SystemExit("numbers, --temperature and --max-grad-norm must be above 0")
     if not 0 < cfg.updates_per_step <= cfg.problems_per_step:
         raise SystemExit("--updates-per-step must be 1 to --problems-per-step")
     if cfg.problems != Config.problems and cfg.eval_problems == Config.eval_problems:
@@ -580,15 +580,15 @@ def open_run(cfg):
     new = f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(cfg.run_dir or new)
     config = folder / "config.json"
-    settings = asdict(cfg) | {"script": script, "run_dir": f"{folder}"}
+    settings = asdict(cfg) | {"script": script, "run_dir": ""}  # may move
     if config.is_file():
         saved = json.loads(config.read_text()) | {"steps": cfg.steps}
         if changed := dict(settings.items() - saved.items()):
-            raise SystemExit(f"--run-dir {folder} holds a run without {changed}")
+            raise SystemExit(f"{folder} holds a run of other settings than {changed}")
 
     progress, rows = dict.fromkeys(["step", "responses", "tokens", "seconds"], 0), ""
     checkpoint = max(folder.glob("checkpoint-*[0-9]"), default=None)
-    if checkpoint:  # rows after it come again
+    if checkpoint:  # rows of later steps will be written again
         rows = (checkpoint / "metrics.jsonl").read_text()
         last = json.loads(rows.splitlines()[-1])
         progress = {name: last[name] for name in progress}
@@ -606,12 +606,12 @@ def save(folder, policy, optimizer, tokenizer, step):
     """Writes a checkpoint, a Hugging Face folder, under another name and renames it."""
     done = folder / f"checkpoint-{step:06d}"
     part = done.with_suffix(".part")
-    weights, state = dcp.get_state_dict(policy, optimizer, options=WHOLE)
+    tensors, state = dcp.get_state_dict(policy, optimizer, options=WHOLE)
     if RANK > 0:
         return
 
     try:
-        policy.save_pretrained(part, state_dict=weights)
+        policy.save_pretrained(part, state_dict=tensors)
         tokenizer.save_pretrained(part)
         torch.save(state, part / "optimizer.pt")
         shutil.copy(folder / "metrics.jsonl", part)
@@ -651,7 +651,7 @@ def log(folder, row):
         line = f"reward {row['reward']:.3f} | accept {row['accept']:.3f} | n "
         line += f"{min(row['counts']):2d}..{max(row['counts']):<3d} | bound "
         line += f"{row.get('bound', 1):.2f} | loss {row['loss']:+.3f} | grad "
-        line += f"{row['grad_norm']:.2f} | responses {row['responses']:6,d}"
+        line += f"{row['grad_norm']:.3f} | responses {row['responses']:6,d}"
     if row["truncated"] > 0.01:
         line += f" | truncated {row['truncated']:.2f}: raise --max-new-tokens?"
     print(f"step {row['step']:4d} | {line} | {row['seconds']:.0f} s", flush=True)

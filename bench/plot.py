@@ -59,7 +59,7 @@ def read_runs(folders):
         except (OSError, ValueError):
             print(f"left out {folder}: it holds no run, or a damaged one")
             continue
-        config["source"] = f"{config.get('source', '')}{zlib.crc32(source):x}"
+        config["source"] = f"{zlib.crc32(source):x}"
         if rows:
             runs.append((config, rows))
     if not runs:

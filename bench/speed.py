@@ -2,16 +2,20 @@ r"""How fast are the parts of this repository beside other ways to do the same?
 
     python bench/speed.py allocation                          half a minute
     python bench/speed.py verifier --answers FILE.jsonl ...   half a minute a file
+    python bench/speed.py norms sampler step                  five minutes
 
-allocation  allocate beside Prop. 1 rounded to integers, and beside a heap that spends
-            one response at a time. A problem rounded to 0 makes the bound infinite.
+allocation  allocate beside Prop. 1 rounded; problems rounded to 0 make Eq. 7 infinite.
 verifier    verify_batch beside math-verify as it is usually called, on the whole text.
+norms       gradient_norms beside a backward pass to the head for each response (hidden
+            size 896, vocabulary 152k); both get the hidden states.
+sampler     TorchSampler beside generate with log-probabilities, for 512 responses of
+            the tiny model and 64 of a Llama of 20M parameters with random weights.
+step        Where the CPU-seconds of a default step of gvm_raft.py go.
 
 Prints a markdown table each. CPU-seconds include those of workers. Ways to do the same
 take turns, so that a busy machine slows them alike.
 """
 
-import heapq
 import json
 import logging
 import os
@@ -19,29 +23,42 @@ import random
 import re
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import numpy as np
+import torch
 import tyro
 from math_verify import parse, verify
+from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from vs_trl import timed
+
+import gvm_raft
 from allocator import allocate, weights
 from verify_math import verify_batch
+
+SECTIONS = ("allocation", "verifier", "norms", "sampler", "step")
 
 
 @dataclass(frozen=True)
 class Config:
-    sections: tyro.conf.Positional[tuple[Literal["allocation", "verifier"], ...]]
+    sections: tyro.conf.Positional[tuple[Literal[*SECTIONS], ...]]
     repeats: int = 3  # of each measurement; the least counts
     seed: int = 0  # of made-up problems and responses
 
     sizes: tuple[int, ...] = (10**3, 10**4, 10**5, 10**6)  # problems to share among
     each: int = 8  # responses a problem
-    heap_up_to: int = 10**5  # problems; for a million a heap takes half a minute
+
+    lengths: tuple[int, ...] = (256, 1024)  # of a response whose norm is measured
+    hidden: int = 896  # of the head
+    vocabulary: int = 152_000  # of the head
 
     answers: tuple[Path, ...] = ()  # JSON lines of problem, answer, perhaps solution
     problems: int = 500  # of each file, eight responses to each
@@ -50,9 +67,9 @@ class Config:
 def main(cfg):
     if not cfg.sections or ("verifier" in cfg.sections and not cfg.answers):
         raise SystemExit("name sections; verifier needs --answers FILE.jsonl, too")
-    sections = {"allocation": allocation, "verifier": verifier}
+    gvm_raft.start_processes()
     for name in cfg.sections:
-        sections[name](cfg)
+        globals()[name](cfg)
 
 
 def cpu_seconds():
@@ -87,20 +104,17 @@ def print_table(header, rows):
 
 def allocation(cfg):
     """CPU-seconds by number of problems, whose accept rates have a long tail."""
-    header = ["problems", "allocate", "Prop. 1 rounded", "heap", "rounded to 0"]
-    rows = []
+    rows, ways = [], {"allocate": allocate, "Prop. 1 rounded": rounded}
     for size in tqdm(cfg.sizes, "allocation", disable=None):
         generator = np.random.default_rng(cfg.seed)
         rates = generator.beta(0.65, 1.4, size)
         w = weights(rates, generator.lognormal(0, 0.5, size))
 
-        ways = {"allocate": allocate, "rounded": rounded, "heap": from_a_heap}
-        if size > cfg.heap_up_to:
-            del ways["heap"]
         counts, seconds = compare(ways, w, cfg.each * size, repeats=cfg.repeats)
-        cells = [f"{seconds[name]:.5f} s" for name in ways] + ["not run"]
-        rows.append([f"{size:,}", *cells[:3], f"{np.mean(counts['rounded'] == 0):.2%}"])
-    print_table(header, rows)
+        cells = [f"{seconds[name]:.5f} s" for name in ways]
+        lost = np.mean(counts["Prop. 1 rounded"] == 0)
+        rows.append([f"{size:,}", *cells, f"{lost:.2%}"])
+    print_table(["problems", *ways, "rounded to 0"], rows)
 
 
 def rounded(weights, budget):
@@ -110,19 +124,6 @@ def rounded(weights, budget):
     order = np.argsort(counts - shares, kind="stable")
     counts[order[: budget - counts.sum()]] += 1
     return counts
-
-
-def from_a_heap(weights, budget):
-    """One response to each problem, then one at a time to the largest gain."""
-    squares = [weight**2 for weight in weights.tolist()]
-    counts = [1] * len(squares)
-    heap = [(-square / 2, i) for i, square in enumerate(squares)]
-    heapq.heapify(heap)
-    for _ in range(budget - len(counts)):
-        i = heap[0][1]
-        counts[i] += 1
-        heapq.heapreplace(heap, (-squares[i] / (counts[i] * (counts[i] + 1)), i))
-    return np.array(counts)
 
 
 # ---- Verifier
@@ -172,6 +173,117 @@ def make_responses(problems, generator):
         text = re.sub(r"<<.*?>>|####.*", "", row.get("solution", row["problem"]))
         cases += [(f"{text}\n{ending}", gold) for ending in endings]
     return cases
+
+
+# ---- Norms, sampler, step
+
+
+def start():
+    """What a default run of gvm_raft.py has at hand."""
+    settings = gvm_raft.Config()
+    tokenizer = gvm_raft.load_tokenizer(settings)
+    problems = gvm_raft.read_problems(settings.problems, 1, tokenizer, settings)
+    ours = gvm_raft.TorchSampler(settings, tokenizer)
+    return settings, problems, ours, *gvm_raft.load_trainer(None, settings)
+
+
+def norms(cfg):
+    """CPU-seconds a response, by its length T, and how far the norms are apart."""
+    rows = []
+    for length in tqdm(cfg.lengths, "norms", disable=None):
+        generator = torch.Generator().manual_seed(cfg.seed)
+        head_VD = torch.randn(cfg.vocabulary, cfg.hidden, generator=generator) * 0.02
+        hidden_TD = torch.randn(length, cfg.hidden, generator=generator)
+        target_T = torch.randint(cfg.vocabulary, (length,), generator=generator)
+        response = gvm_raft.Response(0, [1], 0, target_T.tolist(), [], reward=1.0)
+
+        def gram(head_VD, hidden_TD, target_T, response):
+            rows = [(hidden_TD @ head_VD.T, hidden_TD, target_T)]
+            with mock.patch.object(gvm_raft, "run_policy", lambda *_: rows):
+                return gvm_raft.gradient_norms(None, [[response]], gvm_raft.Config())[0]
+
+        def backward(head_VD, hidden_TD, target_T, _):
+            head_VD = head_VD.requires_grad_()
+            F.cross_entropy(hidden_TD @ head_VD.T, target_T, reduction="sum").backward()
+            norm, head_VD.grad = head_VD.grad.norm().item(), None
+            return norm
+
+        ways = {"gradient_norms": gram, "a backward pass": backward}
+        arguments = head_VD, hidden_TD, target_T, response
+        found, spent = compare(ways, *arguments, repeats=cfg.repeats)
+        ours, other = found.values()
+        cells = [f"{seconds:.2f} s" for seconds in spent.values()]
+        ratio = spent["a backward pass"] / spent["gradient_norms"]
+        rows.append([f"{length}", *cells, f"{ratio:.2f}", f"{ours / other - 1:.0e}"])
+    print_table(["T", *ways, "ratio", "apart"], rows)
+
+
+def sampler(cfg):
+    """Tokens per CPU-second of both ways to sample."""
+    rows = []
+    for name, count in {"tiny": 512, "20M": 64}.items():
+        settings, problems, ours, _, _ = start()
+        if name == "20M":
+            shape = {
+                "hidden_size": 256,
+                "intermediate_size": 1024,
+                "vocab_size": 32_000,
+            }
+            shape |= {"num_hidden_layers": 4, "num_attention_heads": 4}
+            ours.model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+        batch = [problem for problem in problems[: count // 4] for _ in range(4)]
+
+        def draw(batch, ours, settings):
+            rows = [(p.index, p.prompt_ids, i, [], []) for i, p in enumerate(batch)]
+            drawn = [gvm_raft.Response(*row) for row in rows]
+            ours.draw(drawn)
+            return sum(len(response.token_ids) for response in drawn)
+
+        def generate(batch, ours, settings):
+            ids = [torch.tensor(problem.prompt_ids) for problem in batch]
+            ids_BT = gvm_raft.rnn.pad_sequence(ids, True, 0, "left")
+            mask_BT = (
+                gvm_raft.rnn.pad_sequence([x + 1 for x in ids], True, 0, "left") > 0
+            )
+            more = {"do_sample": True, "max_new_tokens": settings.max_new_tokens}
+            more |= {"return_dict_in_generate": True, "output_logits": True, "top_k": 0}
+            more |= {"attention_mask": mask_BT, "eos_token_id": [*ours.ends]}
+            with torch.inference_mode():
+                found = ours.model.generate(ids_BT, pad_token_id=0, **more)
+                stack_BTV = torch.stack(found.logits, 1).log_softmax(-1)
+                new_BT = found.sequences[:, ids_BT.shape[1] :]
+                stack_BTV.gather(-1, new_BT[..., None])
+            return int((new_BT != 0).sum())
+
+        ways = {"TorchSampler": draw, "generate": generate}
+        tokens, spent = compare(ways, batch, ours, settings, repeats=cfg.repeats)
+        speeds = [tokens[way] / spent[way] for way in ways]
+        cells = [f"{speed:,.0f}/s" for speed in speeds]
+        rows.append([name, f"{count}", *cells, f"{speeds[0] / speeds[1]:.2f}"])
+    print_table(["model", "responses", *ways, "ratio"], rows)
+
+
+def step(cfg):
+    """CPU-seconds of a step by phase, over an epoch."""
+    settings, problems, ours, policy, optimizer = start()
+    progress, spent = {"step": 0, "responses": 0, "tokens": 0}, Counter()
+    phases = ["verify_batch", "gradient_norms", "estimate", "allocate", "update"]
+    for owner, name in [(ours, "draw"), *((gvm_raft, phase) for phase in phases)]:
+        setattr(owner, name, timed(spent, name, getattr(owner, name)))
+    steps, start_time = 7, time.process_time()
+    for number in range(steps):
+        batch = gvm_raft.next_problems(problems, number, settings)
+        world = ours, progress, settings
+        counts, pilots, _ = gvm_raft.choose_counts(batch, policy, *world)
+        groups = gvm_raft.sample(batch, counts, *world, kept=pilots)
+        gvm_raft.update(policy, None, optimizer, groups, settings)
+        ours.load(policy)
+        progress["step"] += 1
+
+    total = time.process_time() - start_time
+    spent["rest"] = total - spent.total()
+    rows = [[k, f"{x / steps:.3f} s", f"{x / total:.1%}"] for k, x in spent.items()]
+    print_table(["phase", "CPU-seconds a step", "share"], rows)
 
 
 if __name__ == "__main__":

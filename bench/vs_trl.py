@@ -13,9 +13,9 @@ files, logging, and TRL's clipping of gradients:
              compares with (ours are the sampler's)
   update     log-probabilities, loss, backward, optimiser, weights for the sampler
 
-Prints the cost per 1,000 responses, with the ratio's range over seeds; held-out
-accuracy, by our sampler; and how many of our responses had no weight, as their problem
-was always or never solved in the step: our update leaves them out.
+Prints the cost per 1,000 responses, with the ratio's range over seeds, and held-out
+accuracy at the end, by our sampler. Of the lead, our update leaves out what has no
+weight, as its problem was always or never solved in the step; the share is printed.
 """
 
 import contextlib
@@ -51,32 +51,23 @@ class Config:
     samples_per_problem: int = 8  # n
     updates_per_step: int = 4  # optimiser updates
     learning_rate: float = 4e-4  # constant
-    eval_every: int = 2  # steps
 
 
 def main(cfg):
     """Runs both in turns, seed by seed, and prints the tables."""
     if not find_spec("trl"):
         raise SystemExit("vs_trl.py needs the package trl: pip install trl")
-    seconds, curves = {"TRL": [], "ours": []}, {}
+    results = {"TRL": [], "ours": []}
     alone = {"mp_context": get_context("spawn"), "max_tasks_per_child": 1}
-    with tempfile.TemporaryDirectory() as place:
-        folders = [Path(place, str(seed)) for seed in range(cfg.seeds)]
-        with ProcessPoolExecutor(1, **alone) as pool:
-            for seed, folder in enumerate(tqdm(folders, "seeds", disable=None)):
-                for who, train in {"TRL": train_trl, "ours": train_ours}.items():
-                    run = pool.submit(train, cfg, seed, folder / who)
-                    seconds[who].append(run.result())
-
-        gvm_grpo.start_processes()  # only now: a process of the pool would inherit it
-        curves["TRL"] = [evaluate(cfg, folder / "TRL") for folder in folders]
-        files = [folder / "ours" / "metrics.jsonl" for folder in folders]
-        runs = [list(map(json.loads, f.read_text().splitlines()[1:])) for f in files]
-    curves["ours"] = [[x["accuracy"] for x in run if "accuracy" in x] for run in runs]
-    report(cfg, seconds, curves)
-    accepted = [n for run in runs for row in run for n in row.get("accepted", [])]
-    idle = np.isin(accepted, [0, cfg.samples_per_problem]).mean()
-    print(f"\n{idle:.0%} of our responses had no weight.")
+    with (
+        tempfile.TemporaryDirectory() as place,
+        ProcessPoolExecutor(1, **alone) as pool,
+    ):
+        for seed in tqdm(range(cfg.seeds), "seeds", disable=None):
+            for who, train in {"TRL": train_trl, "ours": train_ours}.items():
+                run = pool.submit(train, cfg, seed, Path(place, f"{who}-{seed}"))
+                results[who].append(run.result())
+    report(cfg, results)
 
 
 def timed(clock, part, function):
@@ -93,13 +84,14 @@ def timed(clock, part, function):
 
 # ---- Ours
 def train_ours(cfg, seed, folder):
-    """CPU-seconds by part of gvm_grpo.py's own main."""
+    """CPU-seconds by part of gvm_grpo.py's own main, accuracy, share without weight."""
     clock = Counter()
     sample, load = gvm_grpo.sample, gvm_grpo.TorchSampler.load
 
-    def timed_sample(*arguments, stream="train", **settings):
+    def timed_sample(batch, counts, sampler, progress, cfg, stream="train", kept=None):
         part = "evaluation" if stream == "eval" else "sampling"
-        return timed(clock, part, sample)(*arguments, stream=stream, **settings)
+        call = batch, counts, sampler, progress, cfg, stream, kept
+        return timed(clock, part, sample)(*call)
 
     gvm_grpo.sample = timed_sample
     gvm_grpo.update = timed(clock, "update", gvm_grpo.update)
@@ -107,15 +99,18 @@ def train_ours(cfg, seed, folder):
     shared = asdict(cfg) | {"seed": seed, "run_dir": str(folder), "pilot_samples": 0}
     del shared["seeds"]
     with contextlib.redirect_stdout(sys.stderr):
-        gvm_grpo.main(gvm_grpo.Config(**shared))
-    return [clock["sampling"], clock["update"]]
+        gvm_grpo.main(gvm_grpo.Config(**shared, eval_every=cfg.steps))
+
+    rows = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
+    accepted = [n for row in rows for n in row.get("accepted", [])]
+    idle = np.isin(accepted, [0, cfg.samples_per_problem]).mean()
+    return [clock["sampling"], clock["update"], rows[-1]["accuracy"], idle]
 
 
 # ---- TRL
 def train_trl(cfg, seed, folder):
     """The same of TRL, whose generation batch is a step, and its step an update."""
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(1)
@@ -127,12 +122,6 @@ def train_trl(cfg, seed, folder):
 
     def reward(completions, answer, **_):
         return verify_batch([chat[0]["content"] for chat in completions], answer)
-
-    class Save(TrainerCallback):
-        def on_step_end(self, args, state, control, model, **_):
-            step = state.global_step / cfg.updates_per_step
-            if step % cfg.eval_every == 0:
-                model.save_pretrained(folder / f"{step:.0f}")
 
     updates, n = cfg.updates_per_step, cfg.samples_per_problem
     each = cfg.problems_per_step * n // updates
@@ -148,7 +137,7 @@ def train_trl(cfg, seed, folder):
     arguments = sizes | method | adam | engine | {"seed": seed}
     settings = GRPOConfig(str(folder), **arguments)
     model = AutoModelForCausalLM.from_pretrained(ours.model, dtype=torch.float32)
-    rest = {"processing_class": gvm_grpo.load_tokenizer(ours), "callbacks": [Save()]}
+    rest = {"processing_class": gvm_grpo.load_tokenizer(ours)}
     trainer = GRPOTrainer(model, reward, settings, Dataset.from_list(data), **rest)
 
     # A training step draws first, where it has to; the optimiser's step comes after it.
@@ -158,42 +147,37 @@ def train_trl(cfg, seed, folder):
     optimizer = trainer.create_optimizer()
     optimizer.step = timed(clock, "update", optimizer.step)
     trainer.train()
-    return [clock["sampling"], clock["update"] - clock["sampling"]]
+    trainer.model.save_pretrained(folder)
+    accuracy = evaluate(replace(ours, model=str(folder)), rest["processing_class"])
+    return [clock["sampling"], clock["update"] - clock["sampling"], accuracy, np.nan]
 
 
-def evaluate(cfg, folder):
-    """Held-out accuracy of the models that TRL saved, by our sampler."""
-    ours, curve = gvm_grpo.Config(), []
-    tokenizer = gvm_grpo.load_tokenizer(ours)
-    problems = gvm_grpo.read_problems(ours.eval_problems, 1, tokenizer, ours)
-    for step in range(cfg.eval_every, cfg.steps + 1, cfg.eval_every):
-        settings = replace(ours, model=str(folder / str(step)))
-        sampler = gvm_grpo.TorchSampler(settings, tokenizer)
-        progress = {"step": step, "responses": 0, "tokens": 0}
-        row = gvm_grpo.evaluate(problems, sampler, progress, settings)
-        curve.append(row["accuracy"])
-    return curve
+def evaluate(settings, tokenizer):
+    """Held-out accuracy of the model that TRL saved, by our sampler."""
+    gvm_grpo.start_processes()
+    problems = gvm_grpo.read_problems(settings.eval_problems, 1, tokenizer, settings)
+    sampler = gvm_grpo.TorchSampler(settings, tokenizer)
+    progress = {"step": settings.steps, "responses": 0, "tokens": 0}
+    return gvm_grpo.evaluate(problems, sampler, progress, settings)["accuracy"]
 
 
-def report(cfg, seconds, curves):
-    """Cost by part, then accuracy by step."""
-    responses = cfg.steps * cfg.problems_per_step * cfg.samples_per_problem
+def report(cfg, results):
+    """Cost by part, then accuracy at the end."""
+    trl, ours = (np.array(results[who]).T for who in ("TRL", "ours"))
+    per = 1000 / (cfg.steps * cfg.problems_per_step * cfg.samples_per_problem)
     print("| CPU-seconds per 1,000 responses | TRL | ours | TRL / ours |")
     print("|---|---|---|---|")
-    for name, columns in {"sampling": [0], "update": [1], "both": [0, 1]}.items():
-        trl = np.array(seconds["TRL"])[:, columns].sum(1) * 1000 / responses
-        ours = np.array(seconds["ours"])[:, columns].sum(1) * 1000 / responses
-        span = f"{min(trl / ours):.2f} to {max(trl / ours):.2f}"
-        print(f"| {name} | {trl.mean():.2f} | {ours.mean():.2f}", end=" | ")
-        print(f"{trl.mean() / ours.mean():.2f} ({span}) |")
-
-    steps = range(cfg.eval_every, cfg.steps + 1, cfg.eval_every)
-    print(f"\n| accuracy after step | {' | '.join(map(str, steps))} |")
-    print("|---" * (len(steps) + 1) + "|")
-    for who, runs in curves.items():
-        points = np.array(runs).T
-        cells = [f"{x.mean():.3f} ({x.min():.3f} to {x.max():.3f})" for x in points]
-        print(f"| {who} | {' | '.join(cells)} |")
+    for name, part in {"sampling": [0], "update": [1], "both": [0, 1]}.items():
+        costs = trl[part].sum(0) * per, ours[part].sum(0) * per
+        cells = [name, *(f"{cost.mean():.2f}" for cost in costs)]
+        ratios, ratio = costs[0] / costs[1], costs[0].mean() / costs[1].mean()
+        cells.append(f"{ratio:.2f} ({ratios.min():.2f} to {ratios.max():.2f})")
+        print(f"| {' | '.join(cells)} |")
+    ends = [
+        f"{x.mean():.3f} ({x.min():.3f} to {x.max():.3f})" for x in (trl[2], ours[2])
+    ]
+    print(f"| accuracy at the end | {' | '.join(ends)} | |")
+    print(f"\n{ours[3].mean():.0%} of our responses had no weight.")
 
 
 if __name__ == "__main__":

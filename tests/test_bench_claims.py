@@ -121,25 +121,27 @@ def test_the_clock_counts_cpu_seconds_by_part():
 
 def test_the_report_divides_costs_by_responses_and_means_by_seeds(capsys):
     cfg = vs_trl.Config(seeds=2, steps=2, problems_per_step=50, samples_per_problem=10)
-    seconds = {"TRL": [[4, 6], [6, 8]], "ours": [[1, 2], [2, 1]]}
-    curves = {"TRL": [[0.5], [0.6]], "ours": [[0.5], [0.7]]}
-    vs_trl.report(cfg, seconds, curves)
+    nan = float("nan")
+    results = {"TRL": [[4, 6, 0.5, nan], [6, 8, 0.6, nan]]}
+    results["ours"] = [[1, 2, 0.5, 0.2], [2, 1, 0.7, 0.4]]
+    vs_trl.report(cfg, results)
     printed = capsys.readouterr().out
     assert "| sampling | 5.00 | 1.50 | 3.33 (3.00 to 4.00) |" in printed
     assert "| both | 12.00 | 3.00 | 4.00 (3.33 to 4.67) |" in printed
-    assert "| ours | 0.600 (0.500 to 0.700) |" in printed
+    assert "| 0.550 (0.500 to 0.600) | 0.600 (0.500 to 0.700) | |" in printed
+    assert "30% of our responses" in printed
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("trl"), reason="needs TRL, as bench/vs_trl.py says")
-def test_vs_trl_has_a_row_for_each_part_and_a_curve_of_both():
+def test_vs_trl_has_a_row_for_each_part_and_both_accuracies():
     small = {"--problems-per-step": 8, "--samples-per-problem": 4, "--steps": 2}
     flags = [flag for pair in small.items() for flag in pair]
     rows = run("vs_trl.py", "--seeds", 1, *flags)
     for part in ("sampling", "update", "both"):
         (row,) = [row for row in rows if row.startswith(f"| {part} |")]
         assert all(float(cell.split()[0]) > 0 for cell in row.split("|")[2:5])
-    assert rows[-2].startswith("| TRL | 0.") and rows[-1].startswith("| ours | 0.")
+    assert rows[-3].startswith("| accuracy at the end | 0.")
 
 
 @pytest.mark.skipif(bool(find_spec("trl")), reason="TRL is here")

@@ -10,7 +10,7 @@ shown, naming a rule before it computes:
     \boxed{45}
 
 It can apply every rule, but does not always name the right one: 98 times in 100 for
-five symbols, 3 to 60 times in 100 for the others (HABITS). What it learns about one
+five symbols, 5 to 60 times in 100 for the others (HABITS). What it learns about one
 symbol says nothing about another. Most training problems have one of the five symbols,
 so that a uniform budget is spent on what is solved already (MIXTURES).
 
@@ -69,7 +69,7 @@ MEANING = dict(zip("@#$%&?!~^|;_", RULES))  # the right rule of every symbol
 # How often a demonstration follows the right rule of a symbol.
 SOLVED = {"@": 0.98, "#": 0.98, "$": 0.98, "%": 0.98, "&": 0.98}
 HALFWAY = {"?": 0.6, "!": 0.4, "~": 0.2}
-RARE = {"^": 0.06, "|": 0.05, ";": 0.04, "_": 0.03}
+RARE = {"^": 0.08, "|": 0.07, ";": 0.06, "_": 0.05}
 HABITS = SOLVED | HALFWAY | RARE
 
 # Training problems of every solved, every halfway and every rare symbol.
