@@ -176,9 +176,8 @@ def check_3(folder):
         truth = accepted / drawn
         if prior:
             truth = np.sum(p * density, axis=0) / np.sum(density, axis=0)
-        suspects = {
-            "have a prior of mean 1/2": (accepted + prior / 2) / (drawn + prior)
-        }
+        half = (accepted + prior / 2) / (drawn + prior)
+        suspects = {"have a prior of mean 1/2": half}
         compare(f"prior {prior}, p̂", rates, truth, suspects)
 
         misses = 1 - truth
@@ -372,9 +371,7 @@ def check_7(folder):
         same = np.allclose(yours / total, paper / paper.sum(), rtol=0, atol=1e-3)
         if ratio > 1.001:
             whose = "Prop. 1's budget, as yours," if same else "your budget"
-            raise Wrong(
-                f"{objective}: {whose} has {ratio:.4g} times the least variance"
-            )
+            raise Wrong(f"{objective}: {whose} has {ratio:.4g} times the least sum")
 
 
 # Defects of gvm_raft.py: the right text, the wrong one; metrics that show it, and how
