@@ -124,7 +124,8 @@ def check_2(folder):
     for w, (low, high) in itertools.product(cases, [(0, 12), (1, 4), (1, 12)]):
         m = len(w)
         what = f"w = {w.round(2)}, {low} to {high}"
-        ways = np.array([*itertools.product(range(high, low - 1, -1), repeat=m)])
+        ways = itertools.product(range(high, low - 1, -1), repeat=m)
+        ways = np.array(list(ways))
         eq_7 = np.sum(w**2 / np.maximum(ways, 1e-9), axis=1)
         for budget in range(m, min(m * high, 12) + 1):
             yours = np.asarray(allocate(w, budget, minimum=low, maximum=high))
@@ -289,7 +290,8 @@ def check_5(folder):
 
     advantages = load(folder, "gvm_grpo").advantages
     for rewards in [[1, 0], [0, 1, 1], [1, 0, 0, 0, 1, 0, 1, 1]]:
-        rewards, n = np.array(rewards, float), len(rewards)
+        n = len(rewards)
+        rewards = np.array(rewards, float)
         odds = rewards.mean() / (1 - rewards.mean())
         truth = np.where(rewards, odds**-0.5, -(odds**0.5)) / n
         suspects = {
