@@ -3,18 +3,17 @@
     python exercises.py                  where each exercise stands
     python exercises.py 3                the text of exercise 3, and its check
     python exercises.py --at DIR         the same, for another folder than this one
-    python exercises.py --handout DIR    make a student's folder, to write code in
-    python exercises.py --hunt NAME      make the logs of exercise 8
+    python exercises.py --handout NAME   make a student's folder, to write code in
+    python exercises.py --hunt           make the logs of exercise 8
     python exercises.py --grade DIR...   marks as CSV, a row a folder, at most 20
 
 What is written in a handout trains a model: after 1 to 6 `python gvm_raft.py` draws the
 tokens that the repository's own draws (the mark "run"). A check finds the truth in
-another way than the function (all cases, autograd, an expectation) and says what is
-wrong in the student's numbers.
+another way than the function, and says what is wrong in the student's numbers.
 
-To teachers: solutions are public. 1 to 6 are pass or fail, 7 to 9 carry the marks and
-vary by name. Call a student's folder by the student's name and grade from a clone, in
-a container: nothing here keeps a student's code from doing what it likes.
+To teachers: solutions are public, so 7 to 9 carry the marks, and vary by the student's
+name, which is the folder's. Grade from a clone, in a container: nothing here keeps a
+student's code from doing what it likes.
 """
 
 import argparse
@@ -23,7 +22,6 @@ import copy
 import csv
 import hashlib
 import importlib
-import inspect
 import itertools
 import json
 import shutil
@@ -31,42 +29,30 @@ import subprocess
 import sys
 import tempfile
 import traceback
-import warnings
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-MODULES = ["allocator", "verify_math", "gvm_raft", "gvm_grpo", "answers"]
 
-# What a handout holds, and the functions that lose their bodies in it
-HANDOUT = ["allocator.py", "gvm_raft.py", "verify_math.py", "exercises.py", "tiny"]
-HANDOUT += ["requirements.txt", "LICENSE"]
+# What a handout holds: files, tiny/, and files whose functions lose their bodies
+HANDOUT = ["verify_math.py", "exercises.py", "requirements.txt", "LICENSE"]
 CUT = {
     "allocator.py": ["weights", "allocate", "estimate"],
     "gvm_raft.py": ["gradient_norms", "advantages", "policy_loss"],
 }
-ANSWERS = '''"""Exercises 3 and 7: what the repository does not hold."""
-
-
-def dropped(rates, pilots):
-    """The expected share of problems that prior 0 drops."""
+ANSWERS = """def dropped(rates, pilots):
     raise NotImplementedError("dropped")
 
 
 def budget(rates, total, objective):
-    """How many of total responses each problem gets: integers."""
     raise NotImplementedError("budget")
-'''
+"""
 
 
-class Wrong(Exception):
-    """What is wrong in a student's numbers, in a sentence."""
-
-
-class Missing(Exception):
-    """What is not there."""
+class Wrong(SystemExit):
+    """Says in a sentence what is wrong in a student's numbers."""
 
 
 def compare(what, yours, truth, suspects=None, rtol=1e-6, atol=1e-12):
@@ -74,21 +60,29 @@ def compare(what, yours, truth, suspects=None, rtol=1e-6, atol=1e-12):
     yours, truth = np.asarray(yours, float), np.asarray(truth, float)
     if yours.shape != truth.shape:
         raise Wrong(f"{what}: yours have shape {yours.shape}, not {truth.shape}")
-    bad = np.flatnonzero(~np.isclose(yours, truth, rtol, atol))
-    if len(bad) == 0:
+    right = np.isclose(yours, truth, rtol, atol)
+    if right.all():
         return
     for label, numbers in (suspects or {}).items():
         if np.allclose(yours, numbers, rtol, atol):
             raise Wrong(f"{what}: yours {label}")
-    place = f"number {bad[0]} is" if truth.size > 1 else "yours is"
-    numbers = f"{yours.flat[bad[0]]:.6g}, but {truth.flat[bad[0]]:.6g} is right"
-    raise Wrong(f"{what}: {place} {numbers}")
+    i = right.argmin()
+    numbers = f"{yours.flat[i]:.6g}, but should be {truth.flat[i]:.6g}"
+    raise Wrong(f"{what}: number {i} is {numbers}")
 
 
-# ---- 1 to 3: the budget
+def require_counts(what, counts, size, low, high, total):
+    """Refuses what are not so many integers, low to high, of that sum."""
+    right = counts.shape == (size,) and counts.sum() == total
+    if not right or not set(counts.tolist()) <= set(range(low, high + 1)):
+        numbers = f"{size} integers of {low} to {high} that sum to {total}"
+        raise Wrong(f"{what}: {counts.flat[:4]} are not {numbers}")
 
 
-def check_1(folder, name):
+# ---- The checks
+
+
+def check_1(folder):
     """Prop. 1 (20 minutes, 1 mark): `weights` in allocator.py.
 
     Eq. 7 asks for the nᵢ of sum N that make Σᵢ 1/(1 + α/pᵢ^β) · Gᵢ²/(pᵢ nᵢ) least. In
@@ -99,79 +93,62 @@ def check_1(folder, name):
     weights = load(folder, "allocator").weights
     rates = np.array([0.02, 0.1, 0.3, 0.5, 0.9, 1.0])
     norms = np.array([1.0, 2.0, 0.5, 3.0, 1.5, 0.2])
-    for alpha, beta in [(0, 2), (1e-3, 2), (1e-2, 2), (1, 2), (1e-3, 3), (0.1, 4)]:
+    for alpha, beta in [(0, 2), (1e-3, 2), (1, 2), (0.1, 4)]:
         yours = weights(rates.tolist(), norms.tolist(), alpha=alpha, beta=beta)
-        # Eq. 7 is Σ factor/n.
+        # Eq. 7 is Σ factor/n, and it is Σ w²/n.
         factors = 1 / (1 + alpha / rates**beta) * norms**2 / rates
         suspects = {
             "leave out α": norms / np.sqrt(rates),
-            "are the squares wᵢ²": factors,
             "rise with pᵢ where Eq. 7 falls": norms * np.sqrt(rates),
         }
-        # At the best nᵢ, Eq. 7 falls at one slope, whoever gets more.
-        counts = 100 * yours / yours.sum()
-        slopes = factors / counts**2
-        where = f"α = {alpha}, β = {beta}, weights"
-        if np.ptp(slopes) > 1e-6 * slopes.max():
-            compare(where, yours, np.sqrt(factors), suspects)
-        compare(f"{where}: Σ w²/n", np.sum(yours**2 / counts), np.sum(factors / counts))
-    with np.errstate(all="raise"):
-        compare("weights where p = 0 and 1", weights([0, 1], [1, 1], alpha=0), [0, 1])
+        what = f"weights, α = {alpha}, β = {beta}"
+        compare(what, yours, np.sqrt(factors), suspects)
+
+    compare("weights where p = 0 and 1", weights([0, 1], [1, 1], alpha=0), [0, 1])
 
 
-def check_2(folder, name):
+def check_2(folder):
     """Whole numbers (40 minutes, 1 mark): `allocate` in allocator.py.
 
     Return the integers nᵢ, minimum to maximum (None: no limit), that sum to the budget
     and make Σ wᵢ²/nᵢ least. With wᵢ = 0 a problem has no term, even where nᵢ = 0, and
     gets more than the minimum only if nobody else can take it. Of two with the same
-    claim the first comes first. Rounding Prop. 1 will not do.
+    claim the first comes first.
     """
     allocate = load(folder, "allocator").allocate
 
-    def counts_of(w, budget, low, high=None):
-        n = np.asarray(allocate(w, budget, minimum=low, maximum=high))
-        where = f"w = {np.round(w[:4], 2).tolist()}, N = {budget}, {low} to {high}"
-        if n.shape != np.shape(w) or (n != n.round()).any() or n.sum() != budget:
-            raise Wrong(f"{where}: {n} are not {len(w)} integers that sum to {budget}")
-        if n.min() < low or (high and n.max() > high):
-            raise Wrong(f"{where}: your n go from {n.min()} to {n.max()}")
-        return n, where
-
-    # Few problems: all there is.
+    # Few problems: all there is, and of equals the one that gives the first most
     rng = np.random.default_rng(0)
-    for m, low in itertools.product([1, 2, 3, 4], [0, 1]):
-        for budget in range(m, 13):
-            w = rng.lognormal(sigma=1.5, size=m)
-            n, where = counts_of(w, budget, low)
-            ways = itertools.product(range(1, budget + 1), repeat=m)
-            sums = [(np.sum(w**2 / way), way) for way in ways if sum(way) == budget]
-            least, best = min(sums)
-            yours = np.sum(w**2 / n) if n.all() else np.inf
-            if yours > least * (1 + 1e-9):
-                but = f"make Eq. 7 {yours:.4g}, but {list(best)} make it {least:.4g}"
-                raise Wrong(f"{where}: your n = {n.tolist()} {but}")
+    cases = [rng.lognormal(sigma=1.5, size=m) for m in [1, 2, 3, 4]]
+    cases += [np.array([1.0, 1.0, 1.0]), np.array([0.0, 1.0])]
+    for w, (low, high) in itertools.product(cases, [(0, 12), (1, 4), (1, 12)]):
+        m = len(w)
+        what = f"w = {w.round(2)}, {low} to {high}"
+        ways = itertools.product(range(high, low - 1, -1), repeat=m)
+        ways = np.array(list(ways))
+        eq_7 = np.sum(w**2 / np.maximum(ways, 1e-9), axis=1)
+        for budget in range(m, min(m * high, 12) + 1):
+            yours = np.asarray(allocate(w, budget, minimum=low, maximum=high))
+            require_counts(what, yours, m, low, high, budget)
+            best = np.where(ways.sum(axis=1) == budget, eq_7, np.inf).argmin()
+            same = (ways == yours).all(axis=1).argmax()
+            if same != best:
+                but = f"but {ways[best]} make it {eq_7[best]:.4g}"
+                raise Wrong(f"{what}: your {yours} make Eq. 7 {eq_7[same]:.4g}, {but}")
 
-    # Many problems: no response is better off elsewhere.
+    # Many problems: one more gains w²/(n(n+1)), never more than any last one did.
     w = rng.lognormal(sigma=1.5, size=200)
-    for low, high in [(0, None), (1, None), (2, 40)]:
-        n, where = counts_of(w, 1600, low, high)
-        if not n.all():
-            raise Wrong(f"{where}: problem {n.argmin()} gets 0, which makes Eq. 7 ∞")
-        gains = np.where(n < (high or 1600), w**2 / n - w**2 / (n + 1), 0)
-        fewer = np.maximum(n - 1, 1)
-        losses = np.where(n > max(low, 1), w**2 / fewer - w**2 / n, np.inf)
-        i, j = losses.argmin(), gains.argmax()
-        if gains[j] > losses[i] * (1 + 1e-9):
-            move = f"one from problem {i} (n = {n[i]}) to problem {j} (n = {n[j]})"
-            raise Wrong(f"{where}: {move} lowers Eq. 7 by {gains[j] - losses[i]:.3g}")
-
-    for w, truth in [([1, 1, 1], [2, 1, 1]), ([0, 1, 0], [0, 4, 0]), ([0, 0], [2, 2])]:
-        n, where = counts_of(w, 4, 0)
-        compare(f"{where}, n = {n.tolist()}", n, truth)
+    n = np.asarray(allocate(w, 1600, minimum=1, maximum=None))
+    require_counts("200 problems", n, 200, 1, 1600, 1600)
+    last = n * (n - 1) / w**2
+    following = n * (n + 1) / w**2
+    i, j = last.argmax(), following.argmin()
+    if last[i] > following[j] * (1 + 1e-9):
+        move = f"one from problem {i} (n = {n[i]}) to {j} (n = {n[j]})"
+        raise Wrong(f"200 problems: {move} lowers Eq. 7")
 
 
-def check_3(folder, name):
+def check_3(folder):
     """Pilots (30 minutes, 1 mark): `estimate` in allocator.py, `dropped` in answers.py.
 
     Of drawn[i] pilots accepted[i] are right. The prior of pᵢ is a Beta distribution: it
@@ -184,51 +161,46 @@ def check_3(folder, name):
     is the share of problems expected to be, if problem i is solved at rate rates[i].
     """
     estimate = load(folder, "allocator").estimate
-    accepted, drawn = np.array([0, 1, 4, 7, 0]), np.array([8, 8, 8, 8, 4])
-    norms, hit = np.array([0, 1.5, 1, 0.25, 0]), accepted > 0
-    share, mean = accepted / drawn, accepted.sum() / drawn.sum()
-    p = 1 / (1 + np.exp(-np.linspace(-150, 150, 30_001)))
+    accepted = np.array([0, 1, 4, 7, 0])
+    drawn = np.array([8, 8, 8, 8, 4])
+    norms = np.array([0, 1.5, 1, 0.25, 0])
+    solved = accepted > 0
+    mean = accepted.sum() / drawn.sum()
     for prior in [0, 1, 4]:
+        rates, filled = estimate(list(accepted), list(drawn), list(norms), prior)
+
         # The posterior's mean by quadrature over the log-odds of p: dp = p (1 - p) dx
-        truth = share.copy()
-        for i in range(len(drawn) if prior else 0):
-            right = accepted[i] + prior * mean
-            failed = drawn[i] - accepted[i] + prior * (1 - mean)
-            density = p**right * p[::-1] ** failed
-            truth[i] = np.average(p, weights=density)
-        lists = accepted.tolist(), drawn.tolist(), norms.tolist()
-        rates, filled = estimate(*lists, prior)
-        suspects = {
-            "are the shares, without a prior": share,
-            "have a prior of mean 1/2": (accepted + prior / 2) / (drawn + prior),
-            "count pseudo-pilots as right": (accepted + prior) / (drawn + prior),
-        }
+        p = 1 / (1 + np.exp(-np.linspace(-150, 150, 30_001)))[:, None]
+        right = accepted + prior * mean
+        failed = drawn - accepted + prior * (1 - mean)
+        density = p**right * p[::-1] ** failed
+        truth = accepted / drawn
+        if prior:
+            truth = np.sum(p * density, axis=0) / np.sum(density, axis=0)
+        half = (accepted + prior / 2) / (drawn + prior)
+        suspects = {"have a prior of mean 1/2": half}
         compare(f"prior {prior}, p̂", rates, truth, suspects)
 
-        scaled = (1 - truth) * norms[hit].sum() / (1 - truth)[hit].sum()
+        misses = 1 - truth
+        scale = norms[solved].sum() / misses[solved].sum()
         suspects = {
             "are 0 without an accepted pilot": norms,
-            "lack the others' scale": np.where(hit, norms, 1 - truth),
-            "are the others' mean": np.where(hit, norms, norms[hit].mean()),
+            "lack the others' scale": np.where(solved, norms, misses),
         }
-        compare(f"prior {prior}, Ĝ", filled, np.where(hit, norms, scaled), suspects)
+        truth = np.where(solved, norms, scale * misses)
+        compare(f"prior {prior}, Ĝ", filled, truth, suspects)
 
-    dropped = load(folder, "answers").dropped
-    for size, pilots in [(20, 8), (10, 3), (5, 1)]:
-        rates = np.random.default_rng(0).beta(0.5, 1, size)
-        draws = np.random.default_rng(1).binomial(pilots, rates, (100_000, size))
-        shares = (draws == 0).mean(1)
-        truth, error = shares.mean(), shares.std() / len(shares) ** 0.5
-        suspects = {"takes all rates for their mean": (1 - rates.mean()) ** pilots}
-        what = f"dropped, {size} problems with {pilots} pilots"
-        yours = dropped(rates.tolist(), pilots)
-        compare(what, yours, truth, suspects, rtol=0, atol=4 * error)
-
-
-# ---- 4 to 6: the gradient
+    # All of the pilots drawn, many times
+    rng = np.random.default_rng(0)
+    rates = rng.beta(0.5, 1, size=20)
+    shares = np.mean(rng.binomial(8, rates, size=[100_000, 20]) == 0, axis=1)
+    error = shares.std() / len(shares) ** 0.5
+    suspects = {"takes all rates for their mean": (1 - rates.mean()) ** 8}
+    yours = load(folder, "answers").dropped(list(rates), 8)
+    compare("dropped", yours, shares.mean(), suspects, rtol=0, atol=4 * error)
 
 
-def check_4(folder, name):
+def check_4(folder):
     """Gradient norms (60 minutes, 1 mark): `gradient_norms` in gvm_raft.py.
 
     groups[i] holds the responses to problem i, which is their r.i, too. Return Gᵢ, an
@@ -236,78 +208,62 @@ def check_4(folder, name):
     there are none. log P(y) is a sum over the tokens of y, at cfg.temperature, and ∇ is
     with respect to the output head W alone: logits = W h. Derive ∇: a sum of outer
     products, whose norm needs no matrix as large as W. `micro_batches` cuts the work;
-    `run_policy` gives logits (divided by the temperature), h and tokens of a response.
-    On several ranks, dist.all_reduce the sums of squares.
+    `run_policy` gives logits (divided by the temperature), h and tokens of a response;
+    `sum_over_ranks` adds up.
     """
     gvm_raft = load(folder, "gvm_raft")
-    policy, responses = small_policy(gvm_raft)
-    places = [r.i for r in responses]
-    groups = [[r for r in responses if r.i == i] for i in range(max(places) + 1)]
-    right = np.array([r.reward for r in responses])
+    gvm_raft.start_processes()
+    policy = gvm_raft.AutoModelForCausalLM.from_pretrained(HERE / "tiny" / "model")
+    exact = copy.deepcopy(policy).double()
+    policy.to(gvm_raft.DEVICE)
 
-    def mean_over(chosen, values):
-        counts = np.bincount(places, chosen)
-        return np.bincount(places, chosen * values) / np.maximum(counts, 1)
+    # Ragged responses of few tokens, which repeat
+    rng = np.random.default_rng(0)
+    rewards = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 1], [1, 1, 1]])
+    groups = [[], [], [], []]
+    for i, k in np.ndindex(4, 3):
+        prompt = rng.integers(9, size=2 + k).tolist()
+        drawn = rng.integers(9, size=1 + 3 * i + k).tolist()
+        response = gvm_raft.Response(i, prompt, 0, drawn, [], reward=rewards[i, k])
+        groups[i].append(response)
 
-    for temperature in [1.0, 0.7, 0.06]:  # at the last one the policy is sure
+    def root_mean(squares, number):
+        return np.sqrt(np.sum(rewards * squares, axis=1) / number)
+
+    for temperature in [1.0, 0.7, 0.2]:  # at the last one the policy is sure
         cfg = gvm_raft.Config(temperature=temperature, tokens_per_batch=24)
         yours = gvm_raft.gradient_norms(policy, groups, cfg)
 
-        exact = copy.deepcopy(policy).cpu().double()
-        rows = [exact_squares(exact, r, temperature) for r in responses]
-        squares, apart = np.array(rows).T
-        cold = np.array([exact_squares(exact, r, 1.0) for r in responses])[:, 0]
-        truth, all_of_them = np.sqrt(mean_over(right, squares)), np.ones(len(right))
+        whole, apart = np.zeros([2, 4, 3])
+        for i, k in np.ndindex(4, 3):
+            gradients = token_gradients(exact, groups[i][k], temperature)
+            whole[i, k] = gradients.sum(0).square().sum()
+            apart[i, k] = gradients.square().sum()
+        accepted = np.maximum(rewards.sum(axis=1), 1)
+        truth = root_mean(whole, accepted)
         suspects = {
-            "are those of temperature 1": np.sqrt(mean_over(right, cold)),
             "lack a factor 1/T": truth * temperature,
-            "are means of norms, not root mean squares": mean_over(right, squares**0.5),
-            "count rejected responses": np.sqrt(mean_over(all_of_them, squares)),
-            "divide by all responses": np.sqrt(mean_over(all_of_them, right * squares)),
-            "leave out what two tokens share": np.sqrt(mean_over(right, apart)),
+            "divide by all responses": root_mean(whole, 3),
+            "leave out what two tokens share": root_mean(apart, accepted),
         }
         compare(f"T = {temperature}, G", yours, truth, suspects, rtol=1e-4)
 
 
-def small_policy(gvm_raft):
-    """A random model, and ragged responses of its likeliest tokens, which repeat."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 13}
-    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
-    policy = LlamaForCausalLM(config).eval()
-    policy.lm_head.weight.data *= 10
-
-    responses = []
-    for k, reward in enumerate([1, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1]):
-        prompt, size = [k, 5, 12 - k][: 1 + k % 3], 1 + 7 * k % 11
-        settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        ids = policy.generate(torch.tensor([prompt]), max_new_tokens=size, **settings)
-        drawn = {"token_ids": ids[0, -size:].tolist(), "logprobs": [], "reward": reward}
-        responses.append(gvm_raft.Response(k // 3, prompt, seed=0, **drawn))
-    return policy.to(gvm_raft.DEVICE), responses
-
-
-def exact_squares(policy, response, temperature):
-    """||Σₜ gₜ||² and Σₜ ||gₜ||², gₜ the gradient of a token's log P, by autograd."""
+def token_gradients(policy, response, temperature):
+    """The gradient of each token's log P by the output head, from autograd."""
     import torch
 
     ids = torch.tensor(response.prompt_ids + response.token_ids)
     logps = (policy(ids[None]).logits[0] / temperature).log_softmax(-1)
     gradients = []
     for t in range(len(response.prompt_ids), len(ids)):
-        logp, head = logps[t - 1, ids[t]], policy.lm_head.weight
+        logp = logps[t - 1, ids[t]]
+        head = policy.lm_head.weight
         gradients += torch.autograd.grad(logp, head, retain_graph=True)
-    gradients = torch.stack(gradients)
-    return gradients.sum(0).square().sum().item(), gradients.square().sum().item()
+    return torch.stack(gradients)
 
 
-def check_5(folder, name):
+def check_5(folder):
     """Weights (40 minutes, 1 mark): `advantages` in gvm_raft.py, then in gvm_grpo.py.
 
     rewards is an array of the 0 and 1 of the responses to a problem. Return their
@@ -318,7 +274,7 @@ def check_5(folder, name):
     Where all rewards are equal, all weights are 0. Nothing may warn.
     """
     advantages = load(folder, "gvm_raft").advantages
-    for n, p in [(1, 0.5), (2, 0.3), (4, 0.1), (6, 0.8)]:
+    for n, p in [(1, 0.5), (2, 0.3), (6, 0.8)]:
         mean = np.zeros(n)
         for outcome in itertools.product([0.0, 1.0], repeat=n):
             rewards = np.array(outcome)
@@ -329,36 +285,27 @@ def check_5(folder, name):
 
         # One of n gets 1/n on average, unless none is accepted.
         truth = np.full(n, (1 - (1 - p) ** n) / n)
-        suspects = {
-            "are 1/n for an accepted one": np.full(n, p / n),
-            "are not divided by the number accepted": np.full(n, p),
-        }
-        what = f"weights of {n} responses at accept rate {p}, on average"
-        compare(what, mean, truth, suspects)
+        suspects = {"are 1/n for an accepted one": np.full(n, p / n)}
+        compare(f"mean weights of {n} responses at rate {p}", mean, truth, suspects)
 
     advantages = load(folder, "gvm_grpo").advantages
-    for n in [2, 3, 8, 33]:
-        rewards = np.random.default_rng(n).permutation(np.arange(n) % 3 > 0) * 1.0
-        weights = advantages(rewards)
-        what = f"GRPO, {n} rewards"
-        compare(f"{what}, sum of weights", np.sum(weights), 0, atol=1e-9)
+    for rewards in [[1, 0], [0, 1, 1], [1, 0, 0, 0, 1, 0, 1, 1]]:
+        n = len(rewards)
+        rewards = np.array(rewards, float)
+        odds = rewards.mean() / (1 - rewards.mean())
+        truth = np.where(rewards, odds**-0.5, -(odds**0.5)) / n
         suspects = {
-            "is n times too large: no 1/n": n**2,
-            "has n - 1 in the std": (n - 1) / n,
-            "is not divided by the std": rewards.var(),
+            "are n times too large: no 1/n": n * truth,
+            "have n - 1 in the std": truth * (1 - 1 / n) ** 0.5,
         }
-        square = np.mean((n * weights) ** 2)
-        compare(f"{what}, mean square of n w", square, 1, suspects)
-        scaled = advantages(3 + 0.5 * rewards)
-        compare(f"{what}, weights for rewards 3 + r/2", scaled, weights)
-        if np.any(weights[rewards == 1] < 0):
-            raise Wrong(f"{what}: a right response has a negative weight")
-    for rewards in [[0.0], [1.0], [0.0] * 4, [1.0] * 3]:
-        weights = advantages(np.array(rewards))
-        compare(f"GRPO, rewards {rewards}", weights, np.zeros(len(rewards)))
+        compare(f"GRPO, rewards {rewards}", advantages(rewards), truth, suspects)
+        compare("GRPO, rewards 3 + r/2", advantages(3 + rewards / 2), truth)
+
+    for rewards in [np.zeros(1), np.ones(1), np.zeros(4), np.ones(3)]:
+        compare(f"GRPO, rewards {rewards}", advantages(rewards), 0 * rewards)
 
 
-def check_6(folder, name):
+def check_6(folder):
     """The clip (20 minutes, 1 mark): `policy_loss` in gvm_raft.py.
 
     s is the ratio of a token's probability under the policy to that when it was drawn;
@@ -380,22 +327,18 @@ def check_6(folder, name):
         beyond = (weight > 0) & (ratios > 1.28) | (weight < 0) & (ratios < 0.8)
         edge = 1.28 if weight > 0 else 0.8
         truth = -weight * np.where(beyond, edge, ratios)
+        free = -weight * ratios
         clipped = -weight * ratios.clip(0.8, 1.28)
         suspects = {
-            "have the wrong sign": -truth,
-            "are not clipped": -weight * ratios,
-            "are clipped on both sides, without the min": clipped,
-            "have a max for the min": np.minimum(-weight * ratios, clipped),
+            "are not clipped": free,
+            "have a max for the min": np.minimum(free, clipped),
         }
         where = f"weight {weight}, ratios {ratios.tolist()}"
         compare(f"{where}, losses", loss_T.detach(), truth, suspects)
         compare(f"{where}, slopes", slope_T, truth * ~beyond)
 
 
-# ---- 7 to 9: what it is worth
-
-
-def check_7(folder, name):
+def check_7(folder):
     """Which objective, which budget? (45 minutes, 4 marks): `budget` in answers.py.
 
     Let a problem have one parameter θ, and a response be right with p = sigmoid(θ): so
@@ -411,36 +354,29 @@ def check_7(folder, name):
     takes any weights. For which of the three is Prop. 1 right?
     """
     budget = load(folder, "answers").budget
-    estimates = {
-        "log": lambda r, p, slope: r * slope / p,
-        "reward": lambda r, p, slope: r * slope,
-        "centred": lambda r, p, slope: (r - p) * slope,
+    rng = np.random.default_rng(number_of(folder.name))
+    p = rng.beta(0.5, 0.8, size=50).clip(0.02, 0.98)
+    total = 50_000
+    outcomes = {  # the estimate for a right response, and for a wrong one
+        "log": ((1 - p) / p, 0),
+        "reward": (1 - p, 0),
+        "centred": ((1 - p) ** 2, p**2),
     }
-    rng = np.random.default_rng(number_of(name or ""))
-    rates, total = rng.beta(0.5, 0.8, 50).clip(0.02, 0.98), 50_000
-    for objective, estimate in estimates.items():
-        counts = np.asarray(budget(rates.tolist(), total, objective))
-        compare(f"{objective}, number of counts", counts.size, len(rates))
-        compare(f"{objective}, sum of counts", counts.sum(), total)
-        if (counts < 1).any() or (counts != counts.round()).any():
-            raise Wrong(f"{objective}: counts must be integers of at least 1: {counts}")
+    for objective, (right, failed) in outcomes.items():
+        yours = np.asarray(budget(p, total, objective))
+        require_counts(objective, yours, len(p), 1, total, total)
 
-        # The variance of one response, over its two outcomes
-        right, failed = estimate(1, rates, 1 - rates), estimate(0, rates, -rates)
-        mean = rates * right + (1 - rates) * failed
-        variances = rates * right**2 + (1 - rates) * failed**2 - mean**2
+        variances = p * (1 - p) * (right - failed) ** 2  # of one response
         least = np.sqrt(variances).sum() ** 2 / total  # Cauchy and Schwarz
-        ratio = np.sum(variances / counts) / least
+        ratio = np.sum(variances / yours) / least
+        paper = (1 - p) / p**0.5
+        same = np.allclose(yours / total, paper / paper.sum(), rtol=0, atol=1e-3)
         if ratio > 1.001:
-            uniform = np.sum(variances / total * len(rates)) / least
-            paper = (1 - rates) / rates**0.5
-            same = np.abs(counts / total - paper / paper.sum()).max() < 1e-3
             whose = "Prop. 1's budget, as yours," if same else "your budget"
-            than = f"{ratio:.4g} times the least variance (uniform: {uniform:.4g})"
-            raise Wrong(f"{objective}: {whose} has {than}")
+            raise Wrong(f"{objective}: {whose} has {ratio:.4g} times the least sum")
 
 
-# Defects of gvm_raft.py: the right text, the wrong one; what shows it, and how
+# Defects of gvm_raft.py: the right text, the wrong one; metrics that show it, and how
 DEFECTS = {
     "A": ("logit_TV[place]", "logit_TV[1:][place]"),
     "B": (".float() / cfg.temperature", ".float()"),
@@ -449,23 +385,20 @@ DEFECTS = {
     "E": ("problem.index, number]", "problem.index]"),
 }
 SYMPTOMS = {
-    "A": (["logp_shift"], "larger than 1"),
-    "B": (
-        ["logp_shift"],
-        "larger than 1e-6 from the first step on, but smaller than 1",
-    ),
-    "C": (["logp_shift"], "larger than 1e-6 from the second step on"),
+    "A": (["logp_shift"], "is larger than 1"),
+    "B": (["logp_shift"], "is 1e-6 to 1 from the first step on"),
+    "C": (["logp_shift"], "is larger than 1e-6 from the second step on"),
     "D": (["responses", "tokens"], "grow by more than the sum of the counts"),
-    "E": (["pass_at_k", "accepted"], "equal to the accuracy"),
+    "E": (["pass_at_k", "accepted"], "are those of one response to each problem"),
 }
 
 
-def check_8(folder, name):
+def check_8(folder):
     """Read the symptoms (40 minutes, 5 marks): hunt/answer.json.
 
-    After 1 to 6, `python exercises.py --hunt NAME` runs your gvm_raft.py, four steps of
-    one update at temperature 0.9: as it is, and with five defects, in an order of your
-    own. Their metrics.jsonl become hunt/healthy.jsonl and hunt/log-1.jsonl to log-5.
+    After 1 to 6, `python exercises.py --hunt` runs your gvm_raft.py, four steps of one
+    update at temperature 0.9: as it is, and with five defects, in an order of your own.
+    Their metrics.jsonl become hunt/log-0.jsonl, the sound one, and log-1 to log-5.
 
         A  the policy's log-probabilities are those of one place further on
         B  they are not divided by the temperature
@@ -473,22 +406,20 @@ def check_8(folder, name):
         D  pilots are thrown away, not kept among the nᵢ
         E  all responses to a problem have the same random numbers
 
-    In answer.json give each log its letter and a metric that gives the defect away, as
-    "A loss".
+    In hunt/answer.json give each log a letter and a metric that gives the defect away:
+    {"log-1": "A loss", ...}
     """
-    answer = read_json(folder, "hunt/answer.json")
-    for k, letter in enumerate(order_of_defects(owner(answer, name)), start=1):
+    answer = json.loads((folder / "hunt" / "answer.json").read_text())
+    for k, letter in enumerate(order_of_defects(folder.name), start=1):
         guess, _, metric = answer[f"log-{k}"].partition(" ")
-        if guess not in DEFECTS:
-            raise Missing(f"a letter for log-{k} in hunt/answer.json")
         if guess != letter:
-            (shown, *_), how = SYMPTOMS[guess]
-            raise Wrong(f"log-{k} is not {guess}: that would make {shown} {how}")
+            metrics, how = SYMPTOMS[guess]
+            raise Wrong(f"log-{k} is not {guess}: then {' and '.join(metrics)} {how}")
         if metric not in SYMPTOMS[letter][0]:
             raise Wrong(f"log-{k} is {letter}, but {metric!r} does not give it away")
 
 
-def check_9(folder, name):
+def check_9(folder):
     """Does it pay? (60 minutes and the machine's, 4 marks): claim.json.
 
     Choose two arms a and b that draw as many responses: uniform (below) and GVM, or a
@@ -500,93 +431,75 @@ def check_9(folder, name):
     Of the last accuracies b - a has a mean over the five pairs, and a paired t interval
     at 95%. The verdict is "a" or "b", whichever is better, or "open" with 0 inside:
 
-        {"name": NAME, "difference": 0.1, "low": -0.2, "high": 0.4, "verdict": "open"}
+        {"difference": 0.1, "low": -0.2, "high": 0.4, "verdict": "open"}
     """
-    claim = read_json(folder, "claim.json")
-    accuracies, settings, drawn = [], [], []
-    for arm, seed in itertools.product("ab", seeds(owner(claim, name))):
-        run = f"pays/{arm}-{seed}"
-        config = read_json(folder, f"{run}/config.json")
-        rows = read_json(folder, f"{run}/metrics.jsonl")
-        if config["seed"] != seed or rows[-1]["step"] != config["steps"]:
-            raise Wrong(f"{run} has another seed, or has not ended")
-        accuracies.append([row["accuracy"] for row in rows if "accuracy" in row][-1])
-        settings.append(config | {"seed": arm, "run_dir": arm})
-        drawn.append(rows[-1]["responses"])
-    if settings.count(settings[0]) != 5 or settings.count(settings[5]) != 5:
-        raise Wrong("the runs of an arm differ in more than the seed")
-    if min(drawn) != max(drawn):
-        raise Wrong(f"a draws {drawn[0]} responses, but b {drawn[5]}")
+    claim = json.loads((folder / "claim.json").read_text())
+    accuracies, settings = [], []
+    for arm, seed in itertools.product("ab", seeds(folder.name)):
+        run = folder / "pays" / f"{arm}-{seed}"
+        config = json.loads((run / "config.json").read_text())
+        *_, last = rows_of((run / "metrics.jsonl").read_text())
+        if config["seed"] != seed or last["step"] != config["steps"]:
+            raise Wrong(f"pays/{run.name} has another seed, or has not ended")
+        accuracies.append(last["accuracy"])
+        same = {"seed": arm, "run_dir": arm, "drawn": last["responses"]}
+        settings.append(config | same)
 
-    a, b = np.split(np.array(accuracies), 2)
-    difference, error = (b - a).mean(), (b - a).std(ddof=1) / 5**0.5
-    sides = np.array([-1, 1])
-    low, high = truth = difference + 2.776 * error * sides  # t, 4 degrees of freedom
-    compare("difference", claim["difference"], difference, atol=1e-3)
-    suspects = {
-        "has the normal's 1.96, not t's 2.776": difference + 1.96 * error * sides,
-        "has n, not n - 1, in the std": difference + 2.776 * 0.8**0.5 * error * sides,
-    }
-    interval = [claim["low"], claim["high"]]
-    compare("interval", interval, truth, suspects, atol=1e-3)
+    a, b = settings[0], settings[5]
+    if settings != [a] * 5 + [b] * 5:
+        raise Wrong("the runs of an arm differ in more than the seed")
+    if a["drawn"] != b["drawn"]:
+        raise Wrong(f"a draws {a['drawn']} responses, but b {b['drawn']}")
+
+    gains = np.array(accuracies[5:]) - accuracies[:5]
+    error = gains.std(ddof=1) / 5**0.5 * np.array([0, -1, 1])
+    truth = gains.mean() + 2.776 * error  # t of 4 degrees of freedom
+    yours = [claim["difference"], claim["low"], claim["high"]]
+    suspects = {"have the normal's 1.96, not t's 2.776": gains.mean() + 1.96 * error}
+    compare("difference, low and high", yours, truth, suspects, atol=1e-3)
+    _, low, high = truth
     verdict = "b" if low > 0 else "a" if high < 0 else "open"
     if claim["verdict"] != verdict:
         raise Wrong(f"verdict: {low:.3f} to {high:.3f} says {verdict!r}")
 
 
-# ---- The mark "run", and what the checks need
-
-
-def check_run(folder, name):
-    """Your functions in training (1 mark): gvm_raft.py draws the repository's tokens.
-
-    Both train for three steps, here and in a clone of the repository.
-    """
+def check_run(folder):
+    """All in training (1 mark): your gvm_raft.py draws the repository's tokens."""
     if not (HERE / "raft.py").is_file():
-        raise Missing("the repository's run: check in a clone, not in a handout")
+        raise Wrong("the repository's run is not here: check in a clone")
     options = ["--steps", "3", "--eval-samples", "1"]
-    with tempfile.TemporaryDirectory() as scratch:
-        theirs = train(HERE, Path(scratch) / "theirs", *options)
-        yours = train(folder, Path(scratch) / "yours", *options)
-    for row, truth in zip(yours, theirs, strict=True):
+    yours = train(folder / "gvm_raft.py", *options)
+    truth = train(HERE / "gvm_raft.py", *options)
+    for row, right in zip(rows_of(yours), rows_of(truth), strict=True):
         for metric in ["counts", "accepted", "responses", "tokens", "accuracy"]:
-            if row.get(metric) != truth.get(metric):
+            if row.get(metric) != right.get(metric):
                 raise Wrong(f"step {row['step']}: the run has other {metric}")
 
 
-def train(folder, run_dir, *options):
-    """The rows of metrics.jsonl from a run of the folder's gvm_raft.py."""
-    command = [sys.executable, folder / "gvm_raft.py", "--run-dir", run_dir, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    if done.returncode:
-        last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-        raise Wrong(f"gvm_raft.py does not run (1 to 6 first?): {''.join(last)}")
-    return read_json(run_dir, "metrics.jsonl")
+# ---- What they need
+
+
+def train(script, *options):
+    """What a run of a gvm_raft.py writes to metrics.jsonl."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, script, "--run-dir", scratch, *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        if done.returncode:
+            last = (done.stdout + done.stderr).strip().rpartition("\n")[2]
+            raise Wrong(f"gvm_raft.py does not run (1 to 6 first?): {last}")
+        return (Path(scratch) / "metrics.jsonl").read_text()
+
+
+def rows_of(text):
+    """The rows of a metrics.jsonl."""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def load(folder, module):
     """A student's module, and what it imports, from their folder."""
-    if not (folder / f"{module}.py").is_file():
-        raise Missing(f"{module}.py")
-    for name in MODULES:
-        known = sys.modules.get(name)
-        if known and Path(known.__file__).parent != folder:
-            del sys.modules[name]
+    (folder / f"{module}.py").resolve(strict=True)  # is there
     sys.path.insert(0, str(folder))
     return importlib.import_module(module)
-
-
-def read_json(folder, name):
-    """What a file holds: JSON, or a list of what each line of JSON lines does."""
-    if not (folder / name).is_file():
-        raise Missing(name)
-    text = (folder / name).read_text()
-    try:
-        if name.endswith(".jsonl"):
-            return [json.loads(line) for line in text.splitlines()]
-        return json.loads(text)
-    except ValueError as error:
-        raise Wrong(f"{name} is no JSON: {error}") from None
 
 
 def number_of(text):
@@ -604,13 +517,6 @@ def seeds(name):
     return [number_of(name) % 10_000 + k for k in range(5)]
 
 
-def owner(answer, name):
-    """Whose answer it is; when grading, it has to be the student's own."""
-    if name not in (None, answer["name"]):
-        raise Wrong(f"this is the answer of {answer['name']!r}, not of {name!r}")
-    return answer["name"]
-
-
 # ---- Commands
 
 CHECKS = [check_1, check_2, check_3, check_4, check_5, check_6, check_run]
@@ -619,17 +525,16 @@ CHECKS = {check.__name__.removeprefix("check_"): check for check in CHECKS}
 MARKS = dict.fromkeys(CHECKS, 1) | {"7": 4, "8": 5, "9": 4}
 
 
-def verdict(label, folder, name=None):
+def verdict(label, folder):
     """What a check says, in a sentence."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)  # numpy's
-            CHECKS[label](folder, name)
+        with np.errstate(divide="raise", invalid="raise"):
+            CHECKS[label](folder)
         return "passes"
     except NotImplementedError:
         return "not written yet"
-    except Missing as error:
-        return f"not handed in: {error}"
+    except FileNotFoundError as error:
+        return f"not handed in: {error.filename}"
     except Wrong as error:
         return f"wrong: {error}"
     except (Exception, SystemExit) as error:
@@ -641,61 +546,40 @@ def verdict(label, folder, name=None):
 
 def make_handout(target):
     """Copies what a student gets, without the bodies of what they are to write."""
-    sources = {name: cut(HERE / name, functions) for name, functions in CUT.items()}
-    sources["answers.py"] = ANSWERS
-    target.mkdir(parents=True)
+    if target.exists():
+        raise Wrong(f"{target} is there already")
+    shutil.copytree(HERE / "tiny", target / "tiny")
     for name in HANDOUT:
-        if (HERE / name).is_dir():
-            shutil.copytree(HERE / name, target / name)
-        else:
-            shutil.copy(HERE / name, target)
-    for name, source in sources.items():
-        (target / name).write_text(source)
+        shutil.copy(HERE / name, target)
+    for name, functions in CUT.items():
+        (target / name).write_text(cut(HERE / name, functions))
+    (target / "answers.py").write_text(ANSWERS)
     print(f"{target} is ready; in it: python exercises.py")
 
 
 def cut(path, functions):
-    """The source without the bodies of functions, and without helpers of theirs."""
+    """The source without the bodies of the functions, which keep their docstrings."""
     source = path.read_text()
     lines = source.splitlines(keepends=True)
     for node in reversed(ast.parse(source).body):
         if isinstance(node, ast.FunctionDef) and node.name in functions:
             body = [f'    raise NotImplementedError("{node.name}")\n']
             lines[node.body[0].end_lineno : node.end_lineno] = body
-
-    source = "".join(lines)
-    for node in reversed(ast.parse(source).body):
-        private = isinstance(node, ast.FunctionDef) and node.name.startswith("_")
-        if private and source.count(f"{node.name}(") == 1:
-            del lines[node.lineno - 1 : node.end_lineno]
     return "".join(lines)
 
 
-def hunt(folder, name):
-    """Makes the logs of exercise 8: a sound run, and one with each defect."""
-    if (folder / "hunt").exists():
-        raise SystemExit(f"{folder / 'hunt'} is there already")
+def hunt(folder):
+    """Makes the logs of exercise 8: of a sound run, and of one with each defect."""
     source = (folder / "gvm_raft.py").read_text()
     options = ["--steps", "4", "--updates-per-step", "1", "--temperature", "0.9"]
-    logs = {"healthy": ("", "")}
-    for k, letter in enumerate(order_of_defects(name), start=1):
-        logs[f"log-{k}"] = DEFECTS[letter]
-
-    with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
-        (scratch / "hunt").mkdir()
-        shutil.copytree(folder / "tiny", scratch / "tiny")
-        for module in ["allocator.py", "verify_math.py"]:
-            shutil.copy(folder / module, scratch)
-        for log, (right, wrong) in tqdm(logs.items(), disable=None):
-            if right not in source:
-                raise Wrong(f"gvm_raft.py holds no {right!r} to plant a defect in")
-            (scratch / "gvm_raft.py").write_text(source.replace(right, wrong))
-            train(scratch, scratch / log, *options)
-            (scratch / log / "metrics.jsonl").rename(scratch / "hunt" / f"{log}.jsonl")
-        answer = {"name": name} | {log: "" for log in logs if log != "healthy"}
-        (scratch / "hunt" / "answer.json").write_text(json.dumps(answer, indent=2))
-        shutil.move(scratch / "hunt", folder)
+    script = folder / "planted.py"
+    defects = [("", "")] + [DEFECTS[letter] for letter in order_of_defects(folder.name)]
+    for k, (right, wrong) in enumerate(tqdm(defects, disable=None)):
+        script.write_text(source.replace(right, wrong))
+        rows = train(script, *options)
+        (folder / "hunt").mkdir(exist_ok=True)
+        (folder / "hunt" / f"log-{k}.jsonl").write_text(rows)
+    script.unlink()
 
 
 def grade(folders):
@@ -714,12 +598,12 @@ def grade(folders):
 
 def check_apart(label, folder, seconds=120):
     """What a check says in a process of its own, which a crash or a hang may end."""
-    command = [sys.executable, __file__, label, "--at", folder, "--name", folder.name]
+    command = [sys.executable, __file__, label, "--at", folder]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return f"takes more than {seconds} s"
-    *_, last = ["", *(done.stderr + done.stdout).strip().splitlines()]
+    last = (done.stderr + done.stdout).strip().rpartition("\n")[2]
     if not last.startswith(f"exercise {label}: "):
         return f"crashes with exit code {done.returncode}: {last}"
     return last.removeprefix(f"exercise {label}: ")
@@ -732,30 +616,24 @@ def main():
     parser.add_argument("--at", type=Path, default=HERE, metavar="DIR")
     parser.add_argument("--handout", type=Path, metavar="DIR")
     parser.add_argument("--grade", type=Path, nargs="+", metavar="DIR")
-    parser.add_argument("--hunt", metavar="NAME")
-    parser.add_argument("--name", help=argparse.SUPPRESS)  # whose answers these must be
+    parser.add_argument("--hunt", action="store_true")
     args = parser.parse_args()
     sys.dont_write_bytecode = True  # in a student's folder
 
     if args.handout:
-        if args.handout.exists():
-            raise SystemExit(f"{args.handout} is there already")
         return make_handout(args.handout)
-    for folder in args.grade or [args.at]:
+    folders = [folder.resolve() for folder in args.grade or [args.at]]
+    for folder in folders:
         if not folder.is_dir():
-            raise SystemExit(f"{folder}: no such folder")
+            raise Wrong(f"{folder}: no such folder")
     if args.grade:
-        return grade([folder.resolve() for folder in args.grade])
-    folder = args.at.resolve()
+        return grade(folders)
     if args.hunt:
-        try:
-            return hunt(folder, args.hunt)
-        except Wrong as error:
-            raise SystemExit(str(error)) from None
+        return hunt(folder)
 
     if args.exercise:
-        print(inspect.cleandoc(CHECKS[args.exercise].__doc__), end="\n\n")
-        said = verdict(args.exercise, folder, args.name)
+        print(CHECKS[args.exercise].__doc__)
+        said = verdict(args.exercise, folder)
         print(f"exercise {args.exercise}: {said}")
         return sys.exit(said != "passes")
     for label, check in CHECKS.items():
