@@ -114,7 +114,7 @@ def test_a_csv_prints_and_draws_again_without_training(tmp_path, capsys):
         (["raft.py", "gvm_raft.py --prior much"], "--prior"),
         (["raft.py", "gvm_raft.py --pilot-samples 9"], "--pilot-samples"),
         (["raft.py", "bench/learning.py"], "no copy of raft.py"),
-        (["raft.py", "raft.py --steps 50"], "'raft.py' and 'raft.py --steps 50'"),
+        (["raft.py", "raft.py --steps 40"], "'raft.py' and 'raft.py --steps 40'"),
         (["raft.py --seed 3"], "--seed"),
         (["raft.py", "raft.py --eval-problems other.jsonl"], "--eval-problems"),
     ],
