@@ -17,7 +17,6 @@ It differs from gvm_raft.py in line 4. --pilot-samples 0 is plain GRPO.
 
     python SCRIPT.py                                # the tiny model in tiny/, one CPU
     torchrun --standalone --nproc-per-node 8 SCRIPT.py --sampler vllm --model ...
-
 Tensors end in their shape: B rows, T tokens, V vocabulary, D hidden size.
 """
 
@@ -181,8 +180,9 @@ def gradient_norms(policy, groups, cfg):
     for micro in micro_batches(accepted, cfg):
         rows = run_policy(policy, micro or accepted[:1], cfg)  # no rank stays away
         for response, (logit_TV, hidden_TD, target_T) in zip(micro, rows):
-            d_TV = F.one_hot(target_T, logit_TV.shape[-1]) - logit_TV.softmax(-1)
-            # ∇ log P = Σₜ dₜ hₜᵀ, so its squared norm is Σₛₜ (dₛ·dₜ)(hₛ·hₜ)
+            d_TV = logit_TV.softmax(-1)
+            d_TV[range(len(target_T)), target_T] -= 1
+            # ∇ log P = -Σₜ dₜ hₜᵀ, so its squared norm is Σₛₜ (dₛ·dₜ)(hₛ·hₜ)
             square = ((d_TV @ d_TV.T) * (hidden_TD @ hidden_TD.T)).sum()
             squares[response.i] += square.item() / cfg.temperature**2
 

@@ -14,7 +14,6 @@ gvm_raft.py differs in line 2: it learns from pilots which problems need respons
 
     python SCRIPT.py                                # the tiny model in tiny/, one CPU
     torchrun --standalone --nproc-per-node 8 SCRIPT.py --sampler vllm --model ...
-
 Tensors end in their shape: B rows, T tokens, V vocabulary, D hidden size.
 """
 
