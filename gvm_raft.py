@@ -162,8 +162,8 @@ def choose_counts(batch, policy, sampler, progress, cfg):
     drawn = [cfg.pilot_samples] * len(batch)
     stream = "train" if cfg.reuse_pilot else "pilot"
     pilots = sample(batch, drawn, sampler, progress, cfg, stream=stream)
-    norms = gradient_norms(policy, pilots, cfg)
-    rates, norms = estimate(count_accepted(pilots), drawn, norms, cfg.prior)
+    measured = gradient_norms(policy, pilots, cfg)
+    rates, norms = estimate(count_accepted(pilots), drawn, measured, cfg.prior)
     # nᵢ ∝ Gᵢ / √(pᵢ + α / pᵢ^(β-1))                                         Prop. 1
     w = weights(rates, norms, alpha=cfg.alpha, beta=cfg.beta)
     counts = allocate(w, sum(uniform), minimum=cfg.pilot_samples * cfg.reuse_pilot)
