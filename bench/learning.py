@@ -12,8 +12,7 @@ Prints, with 95% intervals of Student's t over seeds:
             the paired differences to the first arm;
   needs     of the mean curves to shares of the first arm's gain, at the first crossing.
             "2.00x": the first arm needs twice as much; intervals by a jackknife.
-Draws the mean curves, with bands from the worst seed to the best. The csv beside the
-figure has its numbers; --from-csv prints and draws them again. Seconds are wall-clock.
+Draws mean curves in bands from the worst seed to the best, and a csv for --from-csv.
 """
 
 import csv
@@ -138,6 +137,11 @@ def train(arm, seed, folder, children):
     if not is_finished(folder, arm.settings.steps):
         end = (folder / "log.txt").read_text()[-500:]
         raise SystemExit(f"'{arm.name}' with seed {seed} did not finish: ...{end}")
+    if make_key(arm.sources, arm.settings) != arm.key:
+        shutil.rmtree(folder)
+        raise SystemExit(f"'{arm.name}', or what it reads, changed while it ran")
+    for source in filter(Path.is_file, arm.sources):  # plot.py keeps them apart
+        shutil.copy(source, folder)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 

@@ -54,11 +54,11 @@ def read_runs(folders):
             config = json.loads((folder / "config.json").read_text())
             *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")
             rows = [json.loads(line) for line in lines]  # a last half line is left out
-            source = (folder / f"{config['script']}.py").read_bytes()
+            source = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
         except (OSError, ValueError):
             print(f"left out {folder}: it holds no run, or a damaged one")
             continue
-        config["source"] = f"{zlib.crc32(source):x}"
+        config["source"] = f"{zlib.crc32(b''.join(source)):x}"
         if rows:
             runs.append((config, rows))
     if not runs:

@@ -224,9 +224,8 @@ def sampler(cfg):
         batch = [problem for problem in problems[: count // 4] for _ in range(4)]
         prompts = {"input_ids": [problem.prompt_ids for problem in batch]}
         padded = tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
-        arguments = batch, padded, ours, settings
-        tokens, spent = compare(ways, *arguments, repeats=cfg.repeats)
-        ahead, behind = (tokens[way] / spent[way] for way in ways)
+        tokens, cost = compare(ways, batch, padded, ours, settings, repeats=cfg.repeats)
+        ahead, behind = (tokens[way] / cost[way] for way in ways)
         cells = [f"{ahead:,.0f}/s", f"{behind:,.0f}/s", f"{ahead / behind:.2f}"]
         rows.append([name, f"{count}", *cells])
     print_table(["model", "responses", *ways, "ratio"], rows)

@@ -71,8 +71,8 @@ def main(cfg):
 # ---- The bank
 def fill_bank(cfg):
     """Draws the responses and takes the gradient of each."""
-    shared = {"model": cfg.model, "problems": cfg.problems, "seed": cfg.seed}
-    settings = gvm_raft.Config(**shared, problems_per_step=cfg.batch)
+    named = {"seed": cfg.seed, "problems_per_step": cfg.batch}
+    settings = gvm_raft.Config(cfg.model, cfg.problems, **named)
     gvm_raft.start_processes()
     tokenizer = gvm_raft.load_tokenizer(settings)
     problems = gvm_raft.read_problems(cfg.problems, cfg.batch, tokenizer, settings)

@@ -56,10 +56,8 @@ def main(cfg):
         raise SystemExit("vs_trl.py needs the package trl: pip install trl")
     results = {"TRL": [], "ours": []}
     alone = {"mp_context": get_context("spawn"), "max_tasks_per_child": 1}
-    with (
-        tempfile.TemporaryDirectory() as place,
-        ProcessPoolExecutor(1, **alone) as pool,
-    ):
+    pool = ProcessPoolExecutor(1, **alone)
+    with tempfile.TemporaryDirectory() as place, pool:
         for seed in tqdm(range(cfg.seeds), "seeds", disable=None):
             for who, train in {"TRL": train_trl, "ours": train_ours}.items():
                 run = pool.submit(train, cfg, seed, Path(place, f"{who}-{seed}"))
@@ -170,9 +168,8 @@ def report(cfg, results):
         ratios, ratio = costs[0] / costs[1], costs[0].mean() / costs[1].mean()
         cells.append(f"{ratio:.2f} ({ratios.min():.2f} to {ratios.max():.2f})")
         print(f"| {' | '.join(cells)} |")
-    ends = [
-        f"{x.mean():.3f} ({x.min():.3f} to {x.max():.3f})" for x in (trl[2], ours[2])
-    ]
+    form = "{:.3f} ({:.3f} to {:.3f})".format
+    ends = [form(x.mean(), x.min(), x.max()) for x in (trl[2], ours[2])]
     print(f"| accuracy at the end | {' | '.join(ends)} | |")
     print(f"\n{ours[3].mean():.0%} of our responses had no weight.")
 
