@@ -315,12 +315,13 @@ def check_6(folder):
     """
     import torch
 
-    policy_loss = load(folder, "gvm_raft").policy_loss
+    gvm_raft = load(folder, "gvm_raft")
+    clips = gvm_raft.Config(clip_low=0.2, clip_high=0.28)
     ratios = np.array([0.5, 0.7, 0.9, 1.0, 1.2, 1.4, 2.0])
     for weight in [2.0, 0.0, -0.5]:
         old_T = torch.full([7], -1.0, dtype=torch.float64)
         logp_T = (old_T + torch.tensor(ratios).log()).requires_grad_()
-        loss_T = policy_loss(logp_T, old_T, weight, 0.2, 0.28)
+        loss_T = gvm_raft.policy_loss(logp_T, old_T, weight, clips)
         slope_T = torch.autograd.grad(loss_T.sum(), logp_T)[0]
 
         # By pieces: what would push a ratio beyond its clip has no slope.

@@ -28,7 +28,7 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -44,9 +44,9 @@ from transformers.utils import logging as messages
 
 from verify_math import extract_answer, gold_answer, verify_batch
 
-TINY = Path(__file__).resolve().parent / "tiny"
+TINY = Path(os.path.relpath(__file__)).parent / "tiny"
 ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-ENV |= {"MASTER_PORT": "0"} | dict(os.environ)  # torchrun sets all five
+ENV |= {"MASTER_PORT": "0", **os.environ}  # torchrun sets all five
 RANK, WORLD = int(ENV["RANK"]), int(ENV["WORLD_SIZE"])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # never TF32
@@ -59,33 +59,33 @@ INSTRUCTION = "Let's reason step by step and put the final answer within \\boxed
 class Config:
     """Settings; the defaults train the tiny model on one CPU core in a minute."""
 
-    model: str = f"{TINY}/model"  # Hugging Face folder or hub name
-    problems: str = f"{TINY}/train.jsonl"  # JSON lines with problem and answer
+    model: str = f"{TINY}/model"  # Hugging Face folder or name
+    problems: str = f"{TINY}/train.jsonl"  # JSON lines to train on
     eval_problems: str = f"{TINY}/test.jsonl"  # the same, held out
-    max_prompt_tokens: int = 1024  # longer problems are dropped; those kept are counted
+    max_prompt_tokens: int = 1024  # longer problems are dropped
 
-    steps: int = 40  # E-steps and M-steps; 0 only evaluates
+    steps: int = 40  # of Algorithm 1; 0 only evaluates
     problems_per_step: int = 128  # m of Algorithm 1
-    samples_per_problem: int = 2  # mean of n_i, pilots included: N is m times this
-    temperature: float = 1.0  # of sampling, in training and evaluation
+    samples_per_problem: Annotated[int, tyro.conf.arg(metavar="n")] = 2  # mean n_i, N/m
+    temperature: float = 1.0  # of sampling and evaluation
     max_new_tokens: int = 64  # longest response
 
     learning_rate: float = 4.5e-4  # of AdamW, constant
-    max_grad_norm: float = 0.03  # longer gradients are clipped; large models take 1
-    updates_per_step: int = 4  # optimiser updates, on disjoint parts of the batch
+    max_grad_norm: float = 0.03  # clips gradients; large models: 1
+    updates_per_step: int = 4  # on disjoint parts of the batch
     clip_low: float = 0.2  # ε_low of Eq. 6
     clip_high: float = 0.28  # ε_high of Eq. 6
-    kl_coef: float = 0.0  # weight of the divergence from the starting model
+    kl_coef: float = 0.0  # of the KL from the starting model
 
     eval_samples: int = 2  # k of average@k and pass@k
     eval_every: int = 5  # steps between evaluations
     save_every: int = 10  # steps between checkpoints
     seed: int = 0  # of all random numbers
-    run_dir: str = ""  # new: runs/<script>-<time>-<id>; a run that is there goes on
+    run_dir: str = ""  # new in runs/, or one to continue
     sampler: Literal["torch", "vllm"] = "torch"  # vllm is for GPUs
-    sleep: bool = False  # vllm frees its GPU memory between its turns
+    sleep: bool = False  # vllm frees memory for training
     tokens_per_batch: int = 4096  # of a micro-batch, with padding
-    gradient_checkpointing: bool = False  # less memory, one forward pass more
+    gradient_checkpointing: bool = False  # less memory, slower
 
 
 def main(cfg):
@@ -121,7 +121,7 @@ def main(cfg):
         log(folder, progress | describe(groups) | metrics)
         if done == cfg.steps or done % cfg.eval_every == 0:
             log(folder, progress | evaluate(eval_problems, sampler, progress, cfg))
-        stop = sum_over_ranks([len(caught)])[0]
+        stop = sum_over_ranks(len(caught))
         if done == cfg.steps or stop or done % cfg.save_every == 0:
             save(folder, policy, optimizer, tokenizer, done)
         if stop:
@@ -153,10 +153,10 @@ def advantages(rewards):
     return rewards / max(rewards.sum(), 1)
 
 
-def policy_loss(logp_T, old_logp_T, weight, clip_low, clip_high):
+def policy_loss(logp_T, old_logp_T, weight, cfg):
     """Loss of each token of a response, [T]; old_logp_T are the sampler's own."""
     ratio_T = (logp_T - old_logp_T).exp()  # on-policy 1 in value, but not in gradient
-    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
+    clipped_T = ratio_T.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     # min(sₜ A, clip(sₜ, 1 - ε_low, 1 + ε_high) A), sₜ ratio, A weight         Eq. 6
     return -torch.minimum(ratio_T * weight, clipped_T * weight)
 
@@ -193,11 +193,10 @@ def update(policy, reference, optimizer, groups, cfg):
             loss = kl = shift = 0 * logps[0].sum()  # 0, but backward runs
             for response, logp_T, reference_T in zip(micro, logps, references):
                 old_T = logp_T.new_tensor(response.logprobs)
-                clip = cfg.clip_low, cfg.clip_high
                 # Σ weight log P over responses, through its ratio             Eq. 5
-                loss = loss + policy_loss(logp_T, old_T, response.weight, *clip).sum()
+                loss = loss + policy_loss(logp_T, old_T, response.weight, cfg).sum()
                 gap_T = reference_T - logp_T
-                kl = kl + (gap_T.exp() - gap_T - 1).sum()  # the k3 estimator
+                kl = kl + (gap_T.expm1() - gap_T).sum()  # the k3 estimator
                 shift = shift + (logp_T - old_T).abs().sum()
 
             # Eq. 6 has 1/|y|; the mean length leaves the weights as Lemma 1 wants them.
@@ -313,7 +312,7 @@ class TorchSampler:
     @torch.inference_mode()
     def draw(self, rows):
         """Fills in tokens and log-probabilities of responses, at most 512 at once."""
-        if len(rows) > 512:
+        if rows[512:]:
             self.draw(rows[512:])
         rows = rows[:512]
         # A prompt runs once for all its responses, padded on the left with a masked -1.
@@ -482,7 +481,7 @@ def load_tokenizer(cfg):
     """The model's tokenizer, with a chat template."""
     try:
         AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--model {cfg.model}: {str(error).splitlines()[0]}") from None
     if not tokenizer.chat_template:
@@ -599,17 +598,19 @@ def log(folder, row):
         line = f"accuracy {row['accuracy']:.3f} ± {row['accuracy_se']:.3f} | pass@k "
         line += f"{row['pass_at_k']:.3f} | boxed {row['boxed']:.3f}"
     else:
-        line = f"reward {row['reward']:.3f} | accept {row['accept']:.3f} | n "
-        line += f"{min(row['counts']):2d}..{max(row['counts']):<3d} | bound "
-        line += f"{row.get('bound', 1):.2f} | loss {row['loss']:+.3f} | grad "
-        line += f"{row['grad_norm']:.3f} | responses {row['responses']:6,d}"
+        line = (
+            f"reward {row['reward']:.3f} | accept {row['accept']:.3f} | n "
+            f"{min(row['counts']):2d}..{max(row['counts']):<3d} | bound "
+            f"{row.get('bound', 1):.2f} | loss {row['loss']:+.3f} | grad "
+            f"{row['grad_norm']:.3f} | responses {row['responses']:6,d}"
+        )
     if row["truncated"] > 0.01:
         line += f" | truncated {row['truncated']:.2f}: raise --max-new-tokens?"
     print(f"step {row['step']:4d} | {line} | {row['seconds']:.0f} s", flush=True)
 
 
 def sum_over_ranks(values):
-    """Sums a list of numbers over the ranks."""
+    """Sums a number, or each of a list, over the ranks."""
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
@@ -628,4 +629,4 @@ def start_processes():
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,)))

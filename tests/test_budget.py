@@ -31,6 +31,7 @@ BANNERS = [
     "# ---- Policy",
     "# ---- Problems, run folder, processes",
 ]
+CALL = "main(tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,)))"
 
 
 def docstrings(tree):
@@ -88,9 +89,7 @@ def excess(name, source):
     banners = [line for line in source.splitlines() if line.startswith("# ----")]
     if script and banners != BANNERS:
         sentences.append(f"banners: {banners}")
-    if script and not source.endswith(
-        '\n\nif __name__ == "__main__":\n    main(tyro.cli(Config))\n'
-    ):
+    if script and not source.endswith(f'\n\nif __name__ == "__main__":\n    {CALL}\n'):
         sentences.append("the last lines are not the call of main")
     return sentences
 
@@ -243,18 +242,21 @@ def test_every_setting_is_one_line_in_the_source_and_in_help(
 ):
     source = (ROOT / f"{script}.py").read_text()
     config = source.split("class Config:")[1].split("\n\n\n")[0]
-    fields = re.findall(r"^    (\w+): .+? = .*  # (.*)$", config, re.MULTILINE)
+    fields = re.findall(r"^    (\w+): .+ = .*  # (.*)$", config, re.MULTILINE)
     module = __import__(script)
     assert [name for name, _ in fields] == list(module.Config.__dataclass_fields__)
     assert len(fields) <= 30
 
-    monkeypatch.setenv("COLUMNS", "300")  # paths of any length fit
+    # in a terminal of the usual width
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(ROOT)
     with restored([f"{script}.py", "--help"]), pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
     assert stop.value.code == 0
-    for name, comment in fields:
-        flag = f"--{name.replace('_', '-')}"
-        (place,) = (i for i, line in enumerate(lines) if re.match(rf"{flag}[ ,]", line))
-        # A long flag has a line to itself; what it means is on one line in any case.
-        assert any(f"{comment} (default: " in line for line in lines[place : place + 2])
+    box = capsys.readouterr().out.split("show this help message and exit")[1]
+    lines = [line.strip("│ ") for line in box.splitlines() if "--" in line]
+    assert len(lines) == len(fields) == box.count("default: ")
+    for (name, comment), line in zip(fields, lines):
+        flag = name.replace("_", "-")
+        pattern = rf"--(no-)?{flag}( \S+)? +{re.escape(comment)} \(default: .*\)"
+        assert re.fullmatch(pattern, line)

@@ -80,7 +80,8 @@ def test_advantages_are_finite_in_degenerate_groups(script, rewards):
 )
 def test_loss_of_a_token_is_clipped_where_the_paper_says(ratio, weight, loss, slope):
     logp = torch.tensor([-1 + math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    value = gvm_raft.policy_loss(logp, torch.tensor([-1.0]).double(), weight, 0.2, 0.28)
+    old, cfg = torch.tensor([-1.0]).double(), Config(clip_low=0.2, clip_high=0.28)
+    value = gvm_raft.policy_loss(logp, old, weight, cfg)
     value.sum().backward()
     assert value.item() == pytest.approx(loss, abs=1e-12)
     assert logp.grad.item() == pytest.approx(slope, abs=1e-12)
@@ -426,7 +427,7 @@ def test_the_budget_is_proposition_1_of_the_pilots(
         response.reward = 0.0
     streams = []
 
-    def sample(batch, counts, sampler, progress, cfg, *, stream):
+    def sample(batch, counts, sampler, progress, cfg, stream):
         streams.append((list(counts), stream))
         return pilots
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, finish, options, rows, run, start
+from conftest import ROOT, SCRIPTS, finish, options, restored, rows, run, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -430,6 +431,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
 def test_a_run_without_a_folder_of_its_own_name_continues_by_what_it_printed(
     small, tmp_path, monkeypatch
 ):
+    small = small | {"model": str(ROOT / "tiny" / "model")}  # from any folder
     monkeypatch.chdir(tmp_path)
     printed = interrupted(monkeypatch, signal.SIGTERM, small, step=1)
     (folder,) = (tmp_path / "runs").iterdir()
@@ -520,13 +522,24 @@ def test_other_settings_than_those_of_the_run_are_refused(
 
 
 def test_a_second_plain_run_has_a_folder_of_its_own(small, tmp_path, monkeypatch):
+    small = small | {"model": str(ROOT / "tiny" / "model"), "steps": 0}
     monkeypatch.chdir(tmp_path)
     for samples in (1, 2):
-        run("raft", **small | {"steps": 0, "eval_samples": samples})
+        run("raft", **small | {"eval_samples": samples})
         time.sleep(1)  # two processes would not need it
     folders = list((tmp_path / "runs").iterdir())
     assert len(folders) == 2
     assert all(folder.name.startswith("raft-") for folder in folders)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_tiny_model_is_found_from_any_folder(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with restored():
+        cfg = runpy.run_path(str(ROOT / f"{script}.py"), run_name=script)["Config"]()
+    assert not Path(cfg.model).is_absolute()  # --help is short, and runs may move
+    assert Path(cfg.model).samefile(ROOT / "tiny" / "model")
+    assert Path(cfg.problems).is_file() and Path(cfg.eval_problems).is_file()
 
 
 def test_no_process_writes_before_all_have_read(small, tmp_path, monkeypatch):
