@@ -25,7 +25,7 @@ def weights(accept_rates, grad_norms, *, alpha=1e-3, beta=2.0):
     _numbers("alpha", alpha)
     _numbers("beta", beta, low=2, high=9)
     rates = np.where(rates > 1e-30, rates, np.inf)  # never solved: weight 0
-    return norms / np.sqrt(rates + alpha / rates ** (beta - 1))  # wᵢ of Eq. 7, Prop. 1
+    return norms / np.sqrt(rates + alpha / rates ** (beta - 1))  # wᵢ of Prop. 1
 
 
 def allocate(weights, budget, *, minimum=0, maximum=None):
@@ -68,7 +68,7 @@ def bound(weights, counts):
     """Σ wᵢ²/nᵢ over wᵢ > 0; infinite where such an nᵢ is 0."""
     w = _numbers("weights", weights)
     n = np.where(w > 0, _numbers("counts", counts, w), 1)
-    return float(np.sum(w**2 / n)) if n.all() else np.inf  # Lemma 1
+    return float(np.sum(w**2 / n)) if n.all() else np.inf  # Eq. 7; Lemma 1 if α = 0
 
 
 def estimate(accepted, drawn, grad_norms, prior=1.0):

@@ -383,7 +383,7 @@ DEFECTS = {
     "B": (".float() / cfg.temperature", ".float()"),
     "C": ("        sampler.load(policy)", "        pass"),
     "D": (", kept=pilots)", ")"),
-    "E": ("problem.index, number]", "problem.index]"),
+    "E": ("problem.index, j]", "problem.index]"),
 }
 SYMPTOMS = {
     "A": (["logp_shift"], "is larger than 1"),

@@ -114,8 +114,8 @@ def main(cfg):
         log(folder, progress | evaluate(eval_problems, sampler, progress, cfg))
 
     caught = []  # after SIGTERM or Ctrl-C the run ends with its step
-    for number in signal.SIGTERM, signal.SIGINT:
-        signal.signal(number, lambda *_: caught.append(1))
+    for signum in signal.SIGTERM, signal.SIGINT:
+        signal.signal(signum, lambda *_: caught.append(1))
 
     for step in range(progress["step"], cfg.steps):
         start = time.perf_counter()
@@ -178,8 +178,8 @@ def gradient_norms(policy, groups, cfg):
     accepted = [r for group in groups for r in group if r.reward]
     squares = np.zeros(len(groups))
     for micro in micro_batches(accepted, cfg):
-        rows = run_policy(policy, micro or accepted[:1], cfg)  # no rank stays away
-        for response, (logit_TV, hidden_TD, target_T) in zip(micro, rows):
+        outputs = run_policy(policy, micro or accepted[:1], cfg)  # no rank stays away
+        for response, (logit_TV, hidden_TD, target_T) in zip(micro, outputs):
             d_TV = logit_TV.softmax(-1)
             d_TV[range(len(target_T)), target_T] -= 1
             # ∇ log P = -Σₜ dₜ hₜᵀ, so its squared norm is Σₛₜ (dₛ·dₜ)(hₛ·hₜ)
@@ -284,9 +284,9 @@ def sample(batch, counts, sampler, progress, cfg, stream="train", kept=None):
     """Groups of counts[i] verified responses, the kept ones first; on all ranks."""
     groups, new = kept or [[] for _ in batch], []
     for i, problem in enumerate(batch):
-        for number in range(len(groups[i]), counts[i]):
+        for j in range(len(groups[i]), counts[i]):
             # A response has random numbers of its own, whichever rank draws it.
-            key = [cfg.seed, *stream.encode(), progress["step"], problem.index, number]
+            key = [cfg.seed, *stream.encode(), progress["step"], problem.index, j]
             seed = np.random.SeedSequence(key).generate_state(1).item()
             new.append(Response(i, problem.prompt_ids, seed, [], []))
 
@@ -436,10 +436,10 @@ class VLLMSampler:
         params = [self.params(seed=r.seed, **self.limits) for r in responses]
         outputs = self.llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
         for response, output in zip(responses, outputs):
-            drawn = output.outputs[0]
-            response.token_ids = list(drawn.token_ids)
-            response.logprobs = list(drawn.logprobs.logprobs)
-            response.truncated = drawn.finish_reason == "length"
+            completion = output.outputs[0]
+            response.token_ids = list(completion.token_ids)
+            response.logprobs = list(completion.logprobs.logprobs)
+            response.truncated = completion.finish_reason == "length"
         if self.sleeps:  # the trainer needs the memory; the weights wait on the host
             self.llm.sleep()
 
@@ -447,8 +447,8 @@ class VLLMSampler:
         """Streams the weights into the engine, which forgets prefixes of old ones."""
         self.wake()
         named = policy.named_parameters()
-        new = ((name, w.data.to(DTYPE).full_tensor()) for name, w in named)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": new})
+        tensors = ((name, w.data.to(DTYPE).full_tensor()) for name, w in named)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
         assert self.llm.reset_prefix_cache(), "vLLM keeps prefixes under old weights"
 
     def wake(self):
@@ -481,19 +481,19 @@ def run_policy(policy, responses, cfg):
     ids = [torch.tensor(r.prompt_ids + r.token_ids) for r in responses]
     # The padding is on the right, where causal attention does not look.
     ids_BT = rnn.pad_sequence(ids, batch_first=True).to(DEVICE)
-    output = policy(ids_BT, use_cache=False, output_hidden_states=True)
-    rows, columns = [], (ids_BT, output.logits, output.hidden_states[-1])
+    result = policy(ids_BT, use_cache=False, output_hidden_states=True)
+    outputs, columns = [], (ids_BT, result.logits, result.hidden_states[-1])
     for response, ids_T, logit_TV, hidden_TD in zip(responses, *columns):
         place = slice(len(response.prompt_ids) - 1, len(response) - 1)
         logit_TV = logit_TV[place].float() / cfg.temperature  # of the next token
-        rows.append((logit_TV, hidden_TD[place].float(), ids_T[1:][place]))
-    return rows
+        outputs.append((logit_TV, hidden_TD[place].float(), ids_T[1:][place]))
+    return outputs
 
 
 def token_logprobs(policy, responses, cfg):
     """Log-probabilities of the tokens of each response, a list of [T]."""
-    rows = run_policy(policy, responses, cfg)
-    return [-F.cross_entropy(x_TV, y_T, reduction="none") for x_TV, _, y_T in rows]
+    outputs = run_policy(policy, responses, cfg)
+    return [-F.cross_entropy(x_TV, y_T, reduction="none") for x_TV, _, y_T in outputs]
 
 
 def micro_batches(responses, cfg):
@@ -575,8 +575,8 @@ def next_problems(problems, step, cfg):
 def open_run(cfg):
     """The run's folder; where it holds a run, the last checkpoint and its progress."""
     script = Path(sys.argv[0]).stem
-    new = f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    folder = Path(cfg.run_dir or new)
+    default = f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder = Path(cfg.run_dir or default)
     config = folder / "config.json"
     settings = asdict(cfg) | {"script": script, "run_dir": ""}  # may move
     if config.is_file():
@@ -584,18 +584,18 @@ def open_run(cfg):
         if changed := dict(settings.items() - saved.items()):
             raise SystemExit(f"{folder} holds a run of other settings than {changed}")
 
-    progress, rows = dict.fromkeys(["step", "responses", "tokens", "seconds"], 0), ""
+    progress, lines = dict.fromkeys(["step", "responses", "tokens", "seconds"], 0), ""
     checkpoint = max(folder.glob("checkpoint-*[0-9]"), default=None)
-    if checkpoint:  # rows of later steps will be written again
-        rows = (checkpoint / "metrics.jsonl").read_text()
-        last = json.loads(rows.splitlines()[-1])
+    if checkpoint:  # lines of later steps will be written again
+        lines = (checkpoint / "metrics.jsonl").read_text()
+        last = json.loads(lines.splitlines()[-1])
         progress = {name: last[name] for name in progress}
 
     dist.barrier()  # all have read
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(settings, indent=2))
-        (folder / "metrics.jsonl").write_text(rows)
+        (folder / "metrics.jsonl").write_text(lines)
         shutil.copy(__file__, folder)
     return folder, checkpoint, progress
 
