@@ -37,7 +37,7 @@ def allocate(weights, budget, *, minimum=0, maximum=None):
     high = _numbers("maximum", high, w, low, 1e9, whole=True)
     _numbers("budget", budget, low=low.sum(), high=high.sum(), whole=True)
 
-    # What weighs nothing keeps its minimum, unless all others have their maximum.
+    # Idle problems keep their minimum, unless all others have their maximum.
     idle = w < 1e-60
     ends = np.where(idle, low, high)
     low, high = (ends, high) if ends.sum() < budget else (low, ends)
@@ -72,8 +72,8 @@ def bound(weights, counts):
 
 
 def estimate(accepted, drawn, grad_norms, prior=1.0):
-    """p̂ᵢ and Ĝᵢ from pilots; prior more of them count as accepted at the batch's rate.
-    With none accepted, Ĝᵢ is 1 - p̂ᵢ, as a softmax's gradient, in the others' scale."""
+    """p̂ᵢ and Ĝᵢ from pilots, with prior more drawn, and solved at the batch's rate.
+    Ĝᵢ where none was accepted: proportional to 1 - p̂ᵢ, on the scale of the others."""
     drawn = _numbers("drawn", drawn, low=1)
     accepted = _numbers("accepted", accepted, drawn, high=drawn)
     solved = accepted > 0

@@ -379,7 +379,7 @@ def check_7(folder):
 
 # Defects of gvm_raft.py: the right text, the wrong one; metrics that show it, and how
 DEFECTS = {
-    "A": ("logit_TV[place]", "logit_TV[1:][place]"),
+    "A": ("logit_TV[span]", "logit_TV[1:][span]"),
     "B": (".float() / cfg.temperature", ".float()"),
     "C": ("        sampler.load(policy)", "        pass"),
     "D": (", kept=pilots)", ")"),

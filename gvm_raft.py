@@ -55,7 +55,7 @@ ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.
 ENV |= {"MASTER_PORT": "0", **os.environ}  # torchrun sets all five
 RANK, WORLD = int(ENV["RANK"]), int(ENV["WORLD_SIZE"])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # never TF32
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # TF32 spoils RoPE
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 Problem = namedtuple("Problem", "index prompt_ids answer")  # index: line of its file
 INSTRUCTION = "Let's reason step by step and put the final answer within \\boxed{}."
@@ -66,19 +66,19 @@ class Config:
     """Settings; the defaults train the tiny model on one CPU core in a minute."""
 
     model: str = f"{TINY}/model"  # Hugging Face folder or name
-    problems: str = f"{TINY}/train.jsonl"  # JSON lines to train on
+    problems: str = f"{TINY}/train.jsonl"  # JSONL: problem, answer
     eval_problems: str = f"{TINY}/test.jsonl"  # the same, held out
     max_prompt_tokens: int = 1024  # longer problems are dropped
 
-    steps: int = 40  # of Algorithm 1; 0 only evaluates
+    steps: int = 40  # in all; 0 only evaluates the model
     problems_per_step: int = 128  # m of Algorithm 1
     samples_per_problem: Annotated[int, tyro.conf.arg(metavar="n")] = 2  # mean n_i, N/m
-    pilot_samples: int = 1  # N' of Algorithm 2; 0: uniform budget
-    reuse_pilot: bool = True  # pilots count in N and train, or not
+    pilot_samples: int = 1  # pilots a problem, N'; 0: uniform
+    reuse_pilot: bool = True  # off: pilots are extra, not trained
     prior: float = 1.0  # pseudo-pilots at mean rate; paper 0
     alpha: float = 1e-3  # α of Eq. 7 bounds n_i as p_i → 0
     beta: float = 2.0  # β of Eq. 7, from 2 to 9
-    temperature: float = 1.0  # of sampling and evaluation
+    temperature: float = 1.0  # of sampling, loss and evaluation
     max_new_tokens: int = 64  # longest response
 
     learning_rate: float = 4.5e-4  # of AdamW, constant
@@ -92,15 +92,15 @@ class Config:
     eval_every: int = 5  # steps between evaluations
     save_every: int = 10  # steps between checkpoints
     seed: int = 0  # of all random numbers
-    run_dir: str = ""  # new in runs/, or one to continue
+    run_dir: str = ""  # folder; a run in it is continued
     sampler: Literal["torch", "vllm"] = "torch"  # vllm is for GPUs
     sleep: bool = False  # vllm frees memory for training
-    tokens_per_batch: int = 4096  # of a micro-batch, with padding
+    tokens_per_batch: int = 4096  # per rank, with prompts and padding
     gradient_checkpointing: bool = False  # less memory, slower
 
 
 def main(cfg):
-    """Sets up, then runs Algorithm 1, each of its lines in one."""
+    """Sets up, then trains: the loop has the lines of Algorithm 1 in order."""
     check(cfg)
     start_processes()
     tokenizer = load_tokenizer(cfg)
@@ -121,10 +121,10 @@ def main(cfg):
 
     for step in range(progress["step"], cfg.steps):
         start = time.perf_counter()
-        batch = next_problems(problems, step, cfg)  # m problems           Algorithm 1
+        batch = next_problems(problems, step, cfg)  # line 1 of Algorithm 1; then 2:
         counts, pilots, metrics = choose_counts(batch, policy, sampler, progress, cfg)
-        groups = sample(batch, counts, sampler, progress, cfg, kept=pilots)  # accept
-        metrics |= update(policy, reference, optimizer, groups, cfg)  # M-step
+        groups = sample(batch, counts, sampler, progress, cfg, kept=pilots)  # line 3
+        metrics |= update(policy, reference, optimizer, groups, cfg)  # line 4
         sampler.load(policy)  # which draws from the new policy from now on
 
         done = progress["step"] = step + 1
@@ -175,8 +175,8 @@ def choose_counts(batch, policy, sampler, progress, cfg):
 
 @torch.no_grad()
 def gradient_norms(policy, groups, cfg):
-    """Gᵢ [m]: root mean square of ||∇ log P(y)||₂ over accepted responses y, ∇ by
-    the output head W (logits = W h); 0.2% off where a token has 1 - P = 1e-5."""
+    """Gᵢ [m]: root mean square, over accepted y, of ||∇ log P(y)||₂ by the output head
+    W (logits = W h). Float32 rounding makes it 0.2% off where 1 - P is 1e-5."""
     accepted = [r for group in groups for r in group if r.reward]
     squares = np.zeros(len(groups))
     for micro in micro_batches(accepted, cfg):
@@ -194,65 +194,65 @@ def gradient_norms(policy, groups, cfg):
 
 # ---- M-step: what they teach
 def advantages(rewards):
-    """Weights of the responses to a problem, [nᵢ]: 1/|Dᵢ| for the accepted ones."""
+    """Advantages of the responses to a problem, [nᵢ]: 1/|Dᵢ| for accepted ones."""
     # 1/(nᵢ pᵢ) of Lemma 1, with p̂ᵢ = |Dᵢ|/nᵢ                             Algorithm 1
     return rewards / max(rewards.sum(), 1)
 
 
-def policy_loss(logp_T, old_logp_T, weight, cfg):
+def policy_loss(logp_T, old_logp_T, advantage, cfg):
     """Loss of each token of a response, [T]; old_logp_T are the sampler's own."""
     ratio_T = (logp_T - old_logp_T).exp()  # on-policy 1 in value, but not in gradient
     clipped_T = ratio_T.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    # min(sₜ A, clip(sₜ, 1 - ε_low, 1 + ε_high) A), sₜ ratio, A weight         Eq. 6
-    return -torch.minimum(ratio_T * weight, clipped_T * weight)
+    # min(sₜ A, clip(sₜ, 1 - ε_low, 1 + ε_high) A), sₜ ratio, A advantage      Eq. 6
+    return -torch.minimum(ratio_T * advantage, clipped_T * advantage)
 
 
-def weigh(groups, cfg):
-    """Responses of a part that teach; in their weights every problem counts alike."""
-    batch = []
+def set_advantages(groups, cfg):
+    """Sets advantages, each problem alike; returns the responses that teach."""
+    teaching = []
     for group in filter(len, groups):
         values = advantages(np.array([r.reward for r in group])) / len(groups)
         for response, value in zip(group, values):
-            response.weight = 0.0 if response.truncated else value
-            if response.weight or cfg.kl_coef:
-                batch.append(response)
-    return batch
+            response.advantage = 0.0 if response.truncated else value
+            if response.advantage or cfg.kl_coef:
+                teaching.append(response)
+    return teaching
 
 
 def update(policy, reference, optimizer, groups, cfg):
     """M-step: an optimiser update for each of updates_per_step parts of the batch."""
     sums, tokens, grad_norms = np.zeros(3), 0, []
     for part in range(cfg.updates_per_step):
-        # Weights are fixed before micro-batches are cut: these cuts do not matter.
-        batch = weigh(groups[part :: cfg.updates_per_step], cfg)
-        if not batch:
-            continue  # nothing has weight: there is nothing to learn
+        # Advantages are fixed before micro-batches are cut: these cuts do not matter.
+        teaching = set_advantages(groups[part :: cfg.updates_per_step], cfg)
+        if not teaching:
+            continue  # there is nothing to learn
 
-        lengths = [len(r.token_ids) for r in batch]
+        lengths = [len(r.token_ids) for r in teaching]
         tokens += sum(lengths)
 
-        for micro in micro_batches(batch, cfg):
-            turn = micro or batch[:1]  # a rank without work goes along, for no loss
+        for micro in micro_batches(teaching, cfg):
+            turn = micro or teaching[:1]  # an idle rank joins in what FSDP gathers
             logps = token_logprobs(policy, turn, cfg)
             references = token_logprobs(reference, turn, cfg) if reference else logps
 
-            loss = kl = shift = 0 * logps[0].sum()  # 0, but backward runs
+            loss = kl = shift = 0 * logps[0].sum()  # 0 with a graph, for idle ranks
             for response, logp_T, reference_T in zip(micro, logps, references):
                 old_T = logp_T.new_tensor(response.logprobs)
-                # Σ weight log P over responses, through its ratio             Eq. 5
-                loss = loss + policy_loss(logp_T, old_T, response.weight, cfg).sum()
+                # Σ advantage log P over responses, through its ratio          Eq. 5
+                loss = loss + policy_loss(logp_T, old_T, response.advantage, cfg).sum()
                 gap_T = reference_T - logp_T
                 kl = kl + (gap_T.expm1() - gap_T).sum()  # the k3 estimator
                 shift = shift + (logp_T - old_T).abs().sum()
 
-            # Eq. 6 has 1/|y|; the mean length leaves the weights as Lemma 1 wants them.
+            # Eq. 6 has 1/|y|; the mean length leaves the sum as Lemma 1 wants it.
             loss = loss / np.mean(lengths)
-            total = loss + cfg.kl_coef * kl / sum(lengths)
-            (total * WORLD).backward()  # FSDP takes the mean over ranks
+            total_loss = loss + cfg.kl_coef * kl / sum(lengths)
+            (total_loss * WORLD).backward()  # FSDP takes the mean over ranks
             sums += [loss.item(), kl.item(), shift.item()]
 
-        limit = cfg.max_grad_norm
-        norm = clip_grad_norm_(policy.parameters(), limit, error_if_nonfinite=True)
+        most = cfg.max_grad_norm
+        norm = clip_grad_norm_(policy.parameters(), most, error_if_nonfinite=True)
         grad_norms.append(norm.full_tensor().item())
         optimizer.step()
         optimizer.zero_grad()
@@ -276,14 +276,14 @@ class Response:
     truncated: bool = False  # no end token: counts as wrong, teaches nothing
     boxed: bool = False  # holds an answer in a box
     reward: float = 0.0  # 1 if the answer is right
-    weight: float = 0.0  # in the objective
+    advantage: float = 0.0  # its weight in the objective
 
     def __len__(self):
         return len(self.prompt_ids) + len(self.token_ids)
 
 
 def sample(batch, counts, sampler, progress, cfg, stream="train", kept=None):
-    """Groups of counts[i] verified responses, the kept ones first; on all ranks."""
+    """Fills the kept groups up to counts[i] verified responses each, on all ranks."""
     groups, new = kept or [[] for _ in batch], []
     for i, problem in enumerate(batch):
         for j in range(len(groups[i]), counts[i]):
@@ -319,7 +319,7 @@ def count_accepted(groups):
 
 
 def describe(groups):
-    """Metrics of responses to problems."""
+    """Metrics of the responses of a step or an evaluation."""
     responses = [r for group in groups for r in group]
     counts, accepted = np.array([len(g) for g in groups]), count_accepted(groups)
 
@@ -327,7 +327,7 @@ def describe(groups):
         "counts": counts,
         "accepted": accepted,
         "reward": accepted.sum() / counts.sum(),
-        "accept": np.mean(accepted / np.maximum(counts, 1)),  # every problem alike
+        "accept": np.mean((accepted / counts)[counts > 0]),  # every problem alike
         "boxed": np.mean([r.boxed for r in responses]),
         "truncated": np.mean([r.truncated for r in responses]),
         "entropy": -np.mean(np.concatenate([r.logprobs for r in responses])),
@@ -375,7 +375,7 @@ class TorchSampler:
             inputs = {"attention_mask": mask_BT, "position_ids": position_BT}
             inputs |= {"past_key_values": cache, "logits_to_keep": 1}
             logit_BV = self.model(ids_BT, **inputs).logits[:, -1].float()
-            if t == 0:  # from one row a prompt to one row a response
+            if t == 0:  # cache and logits had a row a prompt; from now on, a response
                 parents = [list(prompts).index(row.i) for row in rows]
                 cache.batch_select_indices(parents)
                 logit_BV, mask_BT = logit_BV[parents], mask_BT[parents]
@@ -427,7 +427,7 @@ class VLLMSampler:
             enable_sleep_mode=cfg.sleep,
             enforce_eager=DEVICE == "cpu",
         )
-        self.close = self.llm.llm_engine.engine_core.shutdown  # and the process group
+        self.close = self.llm.llm_engine.engine_core.shutdown  # ends the group, too
         if cfg.sleep:
             self.llm.sleep()
 
@@ -469,13 +469,12 @@ def load_policy(source, cfg, train=True):
     precision = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh(DEVICE, (WORLD,))
     # Sharded even after a forward pass without backward: sampler and save read shards.
-    settings = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": True}
+    sharding = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": True}
     for layer in list(model.modules()):  # sharding renames classes
         if type(layer).__name__ in model._no_split_modules:
-            layer.training = cfg.gradient_checkpointing  # its switch; dropout stays off
-            layer.dropout = 0.0  # opt drops in the layer itself
-            fully_shard(layer.float(), **settings)  # moves it to the device, too
-    return fully_shard(model.float(), **settings).requires_grad_(train)
+            layer.training = cfg.gradient_checkpointing  # its switch; children: eval
+            fully_shard(layer.float(), **sharding)  # moves it to the device, too
+    return fully_shard(model.float(), **sharding).requires_grad_(train)
 
 
 def run_policy(policy, responses, cfg):
@@ -486,9 +485,9 @@ def run_policy(policy, responses, cfg):
     result = policy(ids_BT, use_cache=False, output_hidden_states=True)
     outputs, columns = [], (ids_BT, result.logits, result.hidden_states[-1])
     for response, ids_T, logit_TV, hidden_TD in zip(responses, *columns):
-        place = slice(len(response.prompt_ids) - 1, len(response) - 1)
-        logit_TV = logit_TV[place].float() / cfg.temperature  # of the next token
-        outputs.append((logit_TV, hidden_TD[place].float(), ids_T[1:][place]))
+        span = slice(len(response.prompt_ids) - 1, len(response) - 1)
+        logit_TV = logit_TV[span].float() / cfg.temperature  # of the next token
+        outputs.append((logit_TV, hidden_TD[span].float(), ids_T[1:][span]))
     return outputs
 
 
@@ -511,18 +510,18 @@ def micro_batches(responses, cfg):
 
 # ---- Problems, run folder, processes
 def check(cfg):
-    """Refuses settings that make no sense, before anything is loaded or written."""
+    """Refuses the commonest mistakes before anything is loaded or written."""
     sizes = cfg.samples_per_problem, cfg.max_new_tokens, cfg.eval_every, cfg.save_every
     if min(*sizes, cfg.eval_samples, cfg.temperature, cfg.max_grad_norm) <= 0:
-        raise SystemExit("numbers, --temperature and --max-grad-norm must be above 0")
+        raise SystemExit("samples, tokens, eval, save, temperature, norm must exceed 0")
     if not 0 < cfg.updates_per_step <= cfg.problems_per_step:
         raise SystemExit("--updates-per-step must be 1 to --problems-per-step")
     if cfg.problems != Config.problems and cfg.eval_problems == Config.eval_problems:
         raise SystemExit("--problems needs --eval-problems (see data/prepare.py)")
     if cfg.sampler == "vllm" and not find_spec("vllm"):
         raise SystemExit("--sampler vllm needs its package: pip install vllm")
-    if cfg.reuse_pilot and cfg.pilot_samples > cfg.samples_per_problem:
-        raise SystemExit("--pilot-samples exceeds --samples-per-problem, its budget")
+    if not 0 <= cfg.pilot_samples * cfg.reuse_pilot < cfg.samples_per_problem:
+        raise SystemExit("--pilot-samples must be 0 to below --samples-per-problem")
 
 
 def load_tokenizer(cfg):
@@ -560,7 +559,7 @@ def read_problems(path, least, tokenizer, cfg):
     if RANK == 0:
         print(f"{path}: {len(problems)} problems of at most --max-prompt-tokens")
     if len(problems) < least:
-        raise SystemExit(f"{path}: too few problems, a step takes {least}")
+        raise SystemExit(f"{path}: too few problems, {least} are needed")
     return problems
 
 
@@ -578,46 +577,46 @@ def open_run(cfg):
     default = f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(cfg.run_dir or default)
     config = folder / "config.json"
-    settings = asdict(cfg) | {"script": script, "run_dir": ""}  # may move
+    settings = asdict(cfg) | {"script": script, "run_dir": ""}  # folders may move
     if config.is_file():
         saved = json.loads(config.read_text()) | {"steps": cfg.steps}
         if changed := dict(settings.items() - saved.items()):
             raise SystemExit(f"{folder} holds a run of other settings than {changed}")
 
-    progress, lines = dict.fromkeys(["step", "responses", "tokens", "seconds"], 0), ""
-    checkpoint = max(folder.glob("checkpoint-*[0-9]"), default=None)
+    progress, history = dict.fromkeys(["step", "responses", "tokens", "seconds"], 0), ""
+    checkpoint = max(folder.glob("checkpoint-??????"), default=None)
     if checkpoint:  # lines of later steps will be written again
-        lines = (checkpoint / "metrics.jsonl").read_text()
-        last = json.loads(lines.splitlines()[-1])
+        history = (checkpoint / "metrics.jsonl").read_text()
+        last = json.loads(history.splitlines()[-1])
         progress = {name: last[name] for name in progress}
 
     dist.barrier()  # all have read
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(settings, indent=2))
-        (folder / "metrics.jsonl").write_text(lines)
+        (folder / "metrics.jsonl").write_text(history)
         shutil.copy(__file__, folder)
     return folder, checkpoint, progress
 
 
 def save(folder, policy, optimizer, tokenizer, step):
     """Writes a checkpoint, a Hugging Face folder, under another name and renames it."""
-    done = folder / f"checkpoint-{step:06d}"
-    part = done.with_suffix(".part")
+    final = folder / f"checkpoint-{step:06d}"
+    draft = folder / "checkpoint.part"
     tensors, state = dcp.get_state_dict(policy, optimizer, options=WHOLE)
     if RANK > 0:
         return
 
     try:
-        policy.save_pretrained(part, state_dict=tensors)
-        tokenizer.save_pretrained(part)
-        torch.save(state, part / "optimizer.pt")
-        shutil.copy(folder / "metrics.jsonl", part)
-        part.rename(done)
+        policy.save_pretrained(draft, state_dict=tensors)
+        tokenizer.save_pretrained(draft)
+        torch.save(state, draft / "optimizer.pt")
+        shutil.copy(folder / "metrics.jsonl", draft)
+        draft.rename(final)
     except Exception as error:
-        raise SystemExit(f"{done} cannot be written: {error}") from None
+        raise SystemExit(f"{final} cannot be written: {error}") from None
 
-    for old in set(folder.glob("checkpoint-*")) - {done}:
+    for old in set(folder.glob("checkpoint-??????")) - {final}:
         shutil.rmtree(old)
 
 
@@ -627,7 +626,7 @@ def load_trainer(checkpoint, cfg):
         policy = load_policy(checkpoint or cfg.model, cfg)
         state = checkpoint and torch.load(checkpoint / "optimizer.pt", mmap=True)
     except Exception as error:
-        raise SystemExit(f"{checkpoint or cfg.model} is broken: {error}") from None
+        raise SystemExit(f"{checkpoint or cfg.model} does not load: {error}") from None
 
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, fused=True)
     if checkpoint:  # sharded anew over however many ranks there are

@@ -37,18 +37,20 @@ def refused(small, tmp_path):
 
 
 SETTINGS = [
-    ({"temperature": 0.0}, "--temperature"),
-    ({"temperature": -1.0}, "--temperature"),
-    ({"samples_per_problem": 0, "pilot_samples": 0}, "above 0"),
+    ({"temperature": 0.0}, "temperature"),
+    ({"temperature": -1.0}, "temperature"),
+    ({"samples_per_problem": 0, "pilot_samples": 0}, "samples"),
+    ({"pilot_samples": 4}, "--pilot-samples"),  # all of the budget
+    ({"pilot_samples": -1}, "--pilot-samples"),
     ({"pilot_samples": 5}, "--pilot-samples"),
     ({"problems_per_step": 0}, "--problems-per-step"),
     ({"problems_per_step": 21}, "problems.jsonl"),
     ({"updates_per_step": 0}, "--updates-per-step"),
     ({"updates_per_step": 9}, "--updates-per-step"),
-    ({"max_new_tokens": 0}, "above 0"),
-    ({"eval_samples": 0}, "above 0"),
-    ({"eval_every": 0}, "above 0"),
-    ({"save_every": 0}, "above 0"),
+    ({"max_new_tokens": 0}, "tokens"),
+    ({"eval_samples": 0}, "eval"),
+    ({"eval_every": 0}, "eval"),
+    ({"save_every": 0}, "save"),
     ({"max_prompt_tokens": 3}, "problems.jsonl"),
     ({"problems": "no/such.jsonl"}, "no/such.jsonl"),
     ({"eval_problems": "no/such.jsonl"}, "no/such.jsonl"),

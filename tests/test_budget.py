@@ -259,4 +259,4 @@ def test_every_setting_is_one_line_in_the_source_and_in_help(
     for (name, comment), line in zip(fields, lines):
         flag = name.replace("_", "-")
         pattern = rf"--(no-)?{flag}( \S+)? +{re.escape(comment)} \(default: .*\)"
-        assert re.fullmatch(pattern, line)
+        assert re.fullmatch(pattern, line) and len(line) <= 76, line

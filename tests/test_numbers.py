@@ -309,9 +309,9 @@ def test_a_truncated_response_teaches_nothing(gradient, groups, script):
         response.logprobs = again.logprobs = [x + 0.1 for x in response.logprobs]
     whole, _ = gradient(groups, CONFIG, script)
     found, _ = gradient(cut, CONFIG, script)
-    assert cut[0][0].weight == 0
+    assert cut[0][0].advantage == 0
     assert (relative(found, whole) > 1e-3) == (script is gvm_grpo)
-    assert cut[0][1].weight == groups[0][1].weight  # the others keep theirs
+    assert cut[0][1].advantage == groups[0][1].advantage  # the others keep theirs
 
 
 def test_a_part_in_which_nothing_is_accepted_makes_no_update(policy, groups):
