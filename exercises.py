@@ -414,7 +414,7 @@ def check_8(folder):
     for k, letter in enumerate(order_of_defects(folder.name), start=1):
         guess, _, metric = answer[f"log-{k}"].partition(" ")
         if guess != letter:
-            metrics, how = SYMPTOMS[guess]
+            metrics, how = SYMPTOMS.get(guess, (["the letter"], "is one of A to E"))
             raise Wrong(f"log-{k} is not {guess}: then {' and '.join(metrics)} {how}")
         if metric not in SYMPTOMS[letter][0]:
             raise Wrong(f"log-{k} is {letter}, but {metric!r} does not give it away")
@@ -555,7 +555,7 @@ def make_handout(target):
     for name, functions in CUT.items():
         (target / name).write_text(cut(HERE / name, functions))
     (target / "answers.py").write_text(ANSWERS)
-    print(f"{target} is ready; in it: python exercises.py")
+    print(f"{target} is ready, named after its student; in it: python exercises.py")
 
 
 def cut(path, functions):

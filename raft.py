@@ -134,7 +134,7 @@ def main(cfg):
         for name in "responses", "tokens", "seconds":
             print(f"{name}_total: {round(progress[name], 1)}")
         if progress["step"] < cfg.steps:
-            print(f"stopped: the same command with --run-dir {folder} goes on")
+            print(f"stopped at step {done}: repeat the command with --run-dir {folder}")
         print(f"plot it: python bench/plot.py {folder}")
     dist.barrier()
     sampler.close()
@@ -465,13 +465,14 @@ def micro_batches(responses, cfg):
 # ---- Problems, run folder, processes
 def check(cfg):
     """Refuses the commonest mistakes before anything is loaded or written."""
-    sizes = cfg.samples_per_problem, cfg.max_new_tokens, cfg.eval_every, cfg.save_every
-    if min(*sizes, cfg.eval_samples, cfg.temperature, cfg.max_grad_norm) <= 0:
+    sizes = cfg.samples_per_problem, cfg.max_new_tokens, cfg.tokens_per_batch
+    sizes += cfg.eval_samples, cfg.eval_every, cfg.save_every
+    if min(*sizes, cfg.temperature, cfg.max_grad_norm) <= 0:
         raise SystemExit("samples, tokens, eval, save, temperature, norm must exceed 0")
     if not 0 < cfg.updates_per_step <= cfg.problems_per_step:
         raise SystemExit("--updates-per-step must be 1 to --problems-per-step")
     if cfg.problems != Config.problems and cfg.eval_problems == Config.eval_problems:
-        raise SystemExit("--problems needs --eval-problems (see data/prepare.py)")
+        raise SystemExit("--problems needs --eval-problems other than the tiny ones")
     if cfg.sampler == "vllm" and not find_spec("vllm"):
         raise SystemExit("--sampler vllm needs its package: pip install vllm")
 

@@ -16,6 +16,7 @@ import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Literal
 
 import matplotlib
@@ -95,7 +96,7 @@ def draw_band(axes, x, y, name, number):
     """The mean of curves [runs, points], and a band from the lowest to the highest."""
     look = {"color": COLOURS[number % 7], "ls": ("-", "--", ":")[number // 7 % 3]}
     mean, low, high = y.mean(0), y.min(0), y.max(0)
-    axes.plot(x.mean(0), mean, label=name, **look)
+    axes.plot(x.mean(0), mean, label=fill(name, 60), **look)
     axes.fill_between(x.mean(0), low, high, color=look["color"], alpha=0.15, lw=0)
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=5)
@@ -119,7 +120,7 @@ def draw_metric(axes, groups, cfg):
         known = sorted({key for key, x in pairs if isinstance(x, (int, float))})
         raise SystemExit(f"--metric {cfg.metric}: there are {', '.join(known)}")
     axes.set(xlabel=f"{cfg.against} of training", ylabel=cfg.metric)
-    axes.legend()
+    axes.legend(fontsize=7).set_in_layout(False)
 
 
 def draw_budget(axes, groups, at):
@@ -143,17 +144,15 @@ def draw_budget(axes, groups, at):
         if free.any():
             x = np.geomspace(w[w > 0].min(), w.max(), 500)
             y = np.maximum(least, counts[free].sum() / w[free].sum() * x)
-            axes.plot(x, y, color=color, label=f"{name}, step {row['step']}")
+            axes.plot(x, y, color=color, label=fill(f"{name}, step {row['step']}", 60))
 
     axes.set(xlabel="weight $w_i$ in the step", ylabel="responses $n_i$", xscale="log")
     axes.set_yscale("symlog", base=2, linthresh=1)  # with a place for 0
     axes.set_ylim(bottom=-0.3)
     axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.set_title(
-        "lines: Proposition 1; open: solved less often than the mean", size=10
-    )
+    axes.set_title("lines: Prop. 1; open: solved less often than the mean", size=10)
     if axes.lines:
-        axes.legend()
+        axes.legend(fontsize=7).set_in_layout(False)
 
 
 def main(cfg):

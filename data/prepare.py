@@ -45,6 +45,10 @@ def main(cfg):
     for path in [cfg.out, held_out] if cfg.hold_out else [cfg.out]:
         if path.is_dir() or (path.exists() and not cfg.overwrite):
             raise SystemExit(f"{path} exists: name another, or say --overwrite")
+    if held_out.exists() and not cfg.hold_out:
+        raise SystemExit(
+            f"{held_out} would be in {cfg.out}, too: remove it, or hold out"
+        )
     try:
         rows = islice(read_rows(cfg.source), cfg.limit)
     except Exception as error:  # of many libraries

@@ -422,6 +422,15 @@ def test_files_that_exist_are_kept_unless_overwritten(made, refused, tmp_path, n
     assert len(rows(tmp_path / "out_held_out.jsonl")) == 2
 
 
+def test_problems_held_out_before_do_not_return_to_the_training_file(
+    made, refused, tmp_path
+):
+    made(ROWS, hold_out=2)
+    assert "out_held_out.jsonl" in refused(ROWS, overwrite=True)
+    (tmp_path / "out_held_out.jsonl").unlink()
+    assert len(made(ROWS, overwrite=True)[0]) == len(ROWS)
+
+
 def test_folders_are_never_replaced(refused, tmp_path):
     (tmp_path / "out_held_out.jsonl").mkdir()
     assert "out_held_out.jsonl" in refused(ROWS, hold_out=2, overwrite=True)

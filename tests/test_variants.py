@@ -12,7 +12,7 @@ from allocator import allocate
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = "    counts = allocate(w, "
-MEAN = "    return centred / max(rewards.std(), 1e-6) / len(rewards)"
+MEAN = " / max(rewards.std(), 1e-6) / len(rewards)"
 VARIANTS = {  # copy: script, old and new beginnings of lines
     "one_minus_p": ("gvm_raft", {COUNTS: "    counts = allocate(1 - rates, "}),
     "root": (
@@ -22,7 +22,7 @@ VARIANTS = {  # copy: script, old and new beginnings of lines
     "dr_grpo": (
         "gvm_grpo",
         {
-            MEAN: "    return centred / len(rewards)",
+            MEAN: " / len(rewards)",
             "loss = loss / np.mean(lengths)": "loss = loss / cfg.max_new_tokens",
         },
     ),
