@@ -323,7 +323,7 @@ def test_torchrun_is_stopped_after_a_step_and_continues(
     stopped = rows(tmp_path / "run")
     step = stopped[-1]["step"]
     assert checkpoint(tmp_path / "run").name == f"checkpoint-{step:06d}"
-    assert "goes on" in (tmp_path / "log").read_text()
+    assert "repeat the command" in (tmp_path / "log").read_text()
 
     settings["steps"] = step + 1
     process = torchrun(tmp_path, settings)
@@ -423,7 +423,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
 ):
     settings = long_run[0] | {"run_dir": str(tmp_path / "run"), "save_every": 9}
     printed = interrupted(monkeypatch, number, settings, step=1)
-    assert f"the same command with --run-dir {tmp_path / 'run'}" in printed
+    assert f"at step 1: repeat the command with --run-dir {tmp_path / 'run'}" in printed
     assert checkpoint(tmp_path / "run").name == "checkpoint-000001"
     assert rows(tmp_path / "run")[-1]["step"] == 1
     assert_continues(settings, *long_run[1:])
