@@ -264,29 +264,29 @@ def token_gradients(policy, response, temperature):
 
 
 def check_5(folder):
-    """Weights (40 minutes, 1 mark): `advantages` in gvm_raft.py, then in gvm_grpo.py.
+    """Advantages (40 minutes, 1 mark): `advantages` in gvm_raft.py, then gvm_grpo.py.
 
     rewards is an array of the 0 and 1 of the responses to a problem. Return their
-    weights. Algorithm 1 takes the mean over the accepted ones; without any, all are 0.
+    advantages. Algorithm 1 takes the mean over accepted ones; without any, all are 0.
 
     For GRPO copy gvm_raft.py to gvm_grpo.py, and take there, for any rewards,
     (r - mean)/std over the group (n in the std, not n - 1), divided by n.
-    Where all rewards are equal, all weights are 0. Nothing may warn.
+    Where all rewards are equal, all advantages are 0. Nothing may warn.
     """
     advantages = load(folder, "gvm_raft").advantages
     for n, p in [(1, 0.5), (2, 0.3), (6, 0.8)]:
         mean = np.zeros(n)
         for outcome in itertools.product([0.0, 1.0], repeat=n):
             rewards = np.array(outcome)
-            weights = advantages(rewards)
-            if np.any(weights[rewards == 0]):
-                raise Wrong(f"rewards {outcome}: a rejected response has weight")
-            mean += weights * np.prod(np.where(rewards, p, 1 - p))
+            values = advantages(rewards)
+            if np.any(values[rewards == 0]):
+                raise Wrong(f"rewards {outcome}: a rejected response has an advantage")
+            mean += values * np.prod(np.where(rewards, p, 1 - p))
 
         # One of n gets 1/n on average, unless none is accepted.
         truth = np.full(n, (1 - (1 - p) ** n) / n)
         suspects = {"are 1/n for an accepted one": np.full(n, p / n)}
-        compare(f"mean weights of {n} responses at rate {p}", mean, truth, suspects)
+        compare(f"mean advantages of {n} responses at rate {p}", mean, truth, suspects)
 
     advantages = load(folder, "gvm_grpo").advantages
     for rewards in [[1, 0], [0, 1, 1], [1, 0, 0, 0, 1, 0, 1, 1]]:
@@ -309,7 +309,7 @@ def check_6(folder):
     """The clip (20 minutes, 1 mark): `policy_loss` in gvm_raft.py.
 
     s is the ratio of a token's probability under the policy to that when it was drawn;
-    A, of any sign, is the weight of its response. Return the loss of each token, minus
+    A, of any sign, is its response's advantage. Return the loss of each token, minus
     Eq. 6: min(s A, clip(s, 1 - ε_low, 1 + ε_high) A). The gradient goes through logp_T.
     When s = 1 everywhere, the loss is -A: why is there something to learn?
     """
@@ -318,23 +318,23 @@ def check_6(folder):
     gvm_raft = load(folder, "gvm_raft")
     clips = gvm_raft.Config(clip_low=0.2, clip_high=0.28)
     ratios = np.array([0.5, 0.7, 0.9, 1.0, 1.2, 1.4, 2.0])
-    for weight in [2.0, 0.0, -0.5]:
+    for advantage in [2.0, 0.0, -0.5]:
         old_T = torch.full([7], -1.0, dtype=torch.float64)
         logp_T = (old_T + torch.tensor(ratios).log()).requires_grad_()
-        loss_T = gvm_raft.policy_loss(logp_T, old_T, weight, clips)
+        loss_T = gvm_raft.policy_loss(logp_T, old_T, advantage, clips)
         slope_T = torch.autograd.grad(loss_T.sum(), logp_T)[0]
 
         # By pieces: what would push a ratio beyond its clip has no slope.
-        beyond = (weight > 0) & (ratios > 1.28) | (weight < 0) & (ratios < 0.8)
-        edge = 1.28 if weight > 0 else 0.8
-        truth = -weight * np.where(beyond, edge, ratios)
-        free = -weight * ratios
-        clipped = -weight * ratios.clip(0.8, 1.28)
+        beyond = (advantage > 0) & (ratios > 1.28) | (advantage < 0) & (ratios < 0.8)
+        edge = 1.28 if advantage > 0 else 0.8
+        truth = -advantage * np.where(beyond, edge, ratios)
+        free = -advantage * ratios
+        clipped = -advantage * ratios.clip(0.8, 1.28)
         suspects = {
             "are not clipped": free,
             "have a max for the min": np.minimum(free, clipped),
         }
-        where = f"weight {weight}, ratios {ratios.tolist()}"
+        where = f"advantage {advantage}, ratios {ratios.tolist()}"
         compare(f"{where}, losses", loss_T.detach(), truth, suspects)
         compare(f"{where}, slopes", slope_T, truth * ~beyond)
 

@@ -274,7 +274,7 @@ class Response:
     truncated: bool = False  # no end token: counts as wrong, teaches nothing
     boxed: bool = False  # holds an answer in a box
     reward: float = 0.0  # 1 if the answer is right
-    advantage: float = 0.0  # its weight in the objective
+    advantage: float = 0.0  # 0: teaches nothing
 
     def __len__(self):
         return len(self.prompt_ids) + len(self.token_ids)
@@ -343,7 +343,7 @@ def evaluate(problems, sampler, progress, cfg):
 
 
 class TorchSampler:
-    """Draws responses with its own copy of the weights and transformers' cache."""
+    """Draws responses with its own copy of the parameters and a cache."""
 
     def __init__(self, cfg, tokenizer):
         model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=DTYPE)
@@ -400,9 +400,9 @@ class TorchSampler:
             row.truncated = True
 
     def load(self, policy):
-        """Copies the policy's weights, gathered from their shards."""
-        for target, weight in zip(self.model.parameters(), policy.parameters()):
-            target.data.copy_(weight.data.full_tensor())
+        """Copies the policy's parameters, gathered from their shards."""
+        for target, source in zip(self.model.parameters(), policy.parameters()):
+            target.data.copy_(source.data.full_tensor())
 
 
 class VLLMSampler:
@@ -440,16 +440,16 @@ class VLLMSampler:
             response.token_ids = list(completion.token_ids)
             response.logprobs = list(completion.logprobs.logprobs)
             response.truncated = completion.finish_reason == "length"
-        if self.sleeps:  # the trainer needs the memory; the weights wait on the host
+        if self.sleeps:  # the trainer needs the memory; parameters wait on the host
             self.llm.sleep()
 
     def load(self, policy):
-        """Streams the weights into the engine, which forgets prefixes of old ones."""
+        """Streams parameters into the engine, which forgets prefixes of old ones."""
         self.wake()
         named = policy.named_parameters()
         tensors = ((name, w.data.to(DTYPE).full_tensor()) for name, w in named)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
-        assert self.llm.reset_prefix_cache(), "vLLM keeps prefixes under old weights"
+        assert self.llm.reset_prefix_cache(), "vLLM keeps prefixes of old parameters"
 
     def wake(self):
         """Takes back the memory that the engine left to the trainer."""
