@@ -216,6 +216,7 @@ MISTAKES = [
         "times the least",
     ),
     ("8", "hunt/answer.json", '"log-1": "', '"log-1": "B ', "log-1 is not B"),
+    ("8", "hunt/answer.json", '"log-1": "', '"log-1": "Z ', "is one of A to E"),
     ("8", "hunt/answer.json", "logp_shift", "loss", "'loss' does not give it away"),
     ("9", "claim.json", "0.012", "0.038", "number 1 is 0.038"),
     ("9", "claim.json", '0.012,\n "high": 0.188', '0.038,\n "high": 0.162', "1.96"),
