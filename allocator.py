@@ -80,7 +80,7 @@ def estimate(accepted, drawn, grad_norms, prior=1.0):
     norms = _numbers("grad_norms", grad_norms, drawn, where=solved)
     _numbers("prior", prior)
     batch_rate = accepted.sum() / drawn.sum()
-    rates = (accepted + prior * batch_rate) / (drawn + prior)  # p̂ᵢ of Algorithm 2
+    rates = (accepted + prior * batch_rate) / (drawn + prior)  # Algorithm 2: prior 0
     misses = np.maximum(1 - rates, 1e-3)
     scale = norms[solved].sum() / misses[solved].sum() if solved.any() else 1.0
     return rates, np.where(solved, norms, scale * misses)

@@ -8,10 +8,10 @@ One step is Algorithm 1 of the paper:
 It differs from gvm_raft.py in line 4. --pilot-samples 0 is plain GRPO.
 
   Lemma 1      Σᵢ 1/(nᵢ pᵢ) Σ ∇ log P(y) over accepted y is unbiased  advantages
-  Algorithm 1  centred rewards, 1/nᵢ each, instead of Lemma 1's       main, advantages
+  Algorithm 1  (r - mean)/std, 1/nᵢ each, instead of Lemma 1's        main, advantages
   Eq. 5        the objective, log-likelihood of responses by weight   update
   Eq. 6        clipped ratio; 1/(mean length), not 1/|y|          policy_loss, update
-  Eq. 7        Σᵢ 1/(1 + α/pᵢ^β) Gᵢ²/(pᵢ nᵢ), the variance's bound    choose_counts
+  Eq. 7        Σᵢ 1/(1 + α/pᵢ^β) Gᵢ²/(pᵢ nᵢ), its variance, damped    choose_counts
   Prop. 1      nᵢ ∝ Gᵢ / √(pᵢ + α / pᵢ^(β-1)), which minimises it     choose_counts
   Algorithm 2  p̂ᵢ, Ĝᵢ from pilots; Ĝᵢ a root mean square, not a mean  choose_counts
 
@@ -165,7 +165,7 @@ def choose_counts(batch, policy, sampler, progress, cfg):
     # nᵢ ∝ Gᵢ / √(pᵢ + α / pᵢ^(β-1))                                         Prop. 1
     w = weights(rates, norms, alpha=cfg.alpha, beta=cfg.beta)
     counts = allocate(w, sum(uniform), minimum=cfg.pilot_samples * cfg.reuse_pilot)
-    # The bound on the variance that is left, relative to the uniform one      Eq. 7
+    # Σᵢ wᵢ²/nᵢ of these nᵢ over that of uniform ones, at p̂ᵢ and Ĝᵢ             Eq. 7
     ratio = bound(w, counts) / bound(w, uniform) if w.any() else 1.0
     metrics = {"rates": rates, "norms": norms, "bound": ratio}
     return counts, pilots if cfg.reuse_pilot else None, metrics
@@ -193,7 +193,7 @@ def gradient_norms(policy, groups, cfg):
 # ---- M-step: what they teach
 def advantages(rewards):
     """Advantages of the responses to a problem, [nᵢ]: (r - mean)/std, 1/nᵢ each."""
-    # 1/(nᵢ pᵢ) of Lemma 1 becomes 1/nᵢ, and rewards are centred      Algorithm 1
+    # 1/(nᵢ pᵢ) of Lemma 1 becomes 1/(nᵢ std), of centred rewards     Algorithm 1
     return (rewards - rewards.mean()) / max(rewards.std(), 1e-6) / len(rewards)
 
 

@@ -7,13 +7,13 @@ One step is Algorithm 1 of the paper:
   4. M-step: make the accepted ones likelier (advantages, policy_loss, update).
 It differs from raft.py in line 2: pilots show how often a problem is solved, pᵢ, and
 how large its gradients are, Gᵢ. They count in N and are trained on. The paper's recipe:
---pilot-samples 8 --no-reuse-pilot --prior 0.
+--samples-per-problem 8 --pilot-samples 8 --no-reuse-pilot --prior 0.
 
   Lemma 1      Σᵢ 1/(nᵢ pᵢ) Σ ∇ log P(y) over accepted y is unbiased  advantages
-  Algorithm 1  1/|Dᵢ| instead, Lemma 1 with p̂ᵢ = |Dᵢ|/nᵢ of the step  main, advantages
+  Algorithm 1  1/|Dᵢ|: Lemma 1 at p̂ᵢ = |Dᵢ|/nᵢ, biased as Dᵢ can be ∅  main, advantages
   Eq. 5        the objective, log-likelihood of accepted responses    update
   Eq. 6        clipped ratio; 1/(mean length), not 1/|y|          policy_loss, update
-  Eq. 7        Σᵢ 1/(1 + α/pᵢ^β) Gᵢ²/(pᵢ nᵢ), the variance's bound    choose_counts
+  Eq. 7        Σᵢ 1/(1 + α/pᵢ^β) Gᵢ²/(pᵢ nᵢ), its variance, damped    choose_counts
   Prop. 1      nᵢ ∝ Gᵢ / √(pᵢ + α / pᵢ^(β-1)), which minimises it     choose_counts
   Algorithm 2  p̂ᵢ, Ĝᵢ from pilots; Ĝᵢ a root mean square, not a mean  choose_counts
 
@@ -167,7 +167,7 @@ def choose_counts(batch, policy, sampler, progress, cfg):
     # nᵢ ∝ Gᵢ / √(pᵢ + α / pᵢ^(β-1))                                         Prop. 1
     w = weights(rates, norms, alpha=cfg.alpha, beta=cfg.beta)
     counts = allocate(w, sum(uniform), minimum=cfg.pilot_samples * cfg.reuse_pilot)
-    # The bound on the variance that is left, relative to the uniform one      Eq. 7
+    # Σᵢ wᵢ²/nᵢ of these nᵢ over that of uniform ones, at p̂ᵢ and Ĝᵢ             Eq. 7
     ratio = bound(w, counts) / bound(w, uniform) if w.any() else 1.0
     metrics = {"rates": rates, "norms": norms, "bound": ratio}
     return counts, pilots if cfg.reuse_pilot else None, metrics

@@ -8,7 +8,7 @@ One step is Algorithm 1 of 2505.02391 with a uniform budget:
 gvm_raft.py differs in line 2: it learns from pilots which problems need responses.
 
   Lemma 1      Σᵢ 1/(nᵢ pᵢ) Σ ∇ log P(y) over accepted y is unbiased  advantages
-  Algorithm 1  1/|Dᵢ| instead, Lemma 1 with p̂ᵢ = |Dᵢ|/nᵢ of the step  main, advantages
+  Algorithm 1  1/|Dᵢ|: Lemma 1 at p̂ᵢ = |Dᵢ|/nᵢ, biased as Dᵢ can be ∅  main, advantages
   Eq. 5        the objective, log-likelihood of accepted responses    update
   Eq. 6        clipped ratio; 1/(mean length), not 1/|y|          policy_loss, update
 

@@ -37,8 +37,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 @dataclass(frozen=True)
 class Config:
-    """Settings."""
-
     folders: tyro.conf.Positional[tuple[Path, ...]]  # of runs, as in runs/*
     metric: str = "accuracy"  # of evaluations, or else of training steps
     training: bool = False  # of training steps, where evaluations have it, too

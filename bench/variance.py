@@ -16,7 +16,8 @@ responses a problem draws from it with replacement, and weighs them in six ways:
 Prints, by accept rate, the gradient's norm by the head, G, its ratio to 1 - p, and what
 Prop. 1 and the best budget for centred weights give. Then, by budget, the mean of
 ||estimate - truth||² by the uniform budget's, ± 1.96 standard errors, the share of
-problems without an accepted response, and the uniform budget's own, by ||truth||².
+squared bias in that of 1/|D|, that of problems without an accepted response, and last
+the uniform budget's own error, by ||truth||².
 Gradients are by all parameters, hashed to 2,048 numbers by random signs (within 2%).
 """
 
@@ -43,8 +44,6 @@ Bank = namedtuple("Bank", "rewards lengths gradients norms rates true_norms best
 
 @dataclass(frozen=True)
 class Config:
-    """Settings."""
-
     model: str = gvm_raft.Config.model  # Hugging Face folder
     problems: str = gvm_raft.Config.problems  # JSON lines
     batch: int = 128  # m, problems
@@ -58,14 +57,15 @@ def main(cfg):
     """Fills the bank, takes steps with every budget, prints the tables."""
     bank = fill_bank(cfg)
     print_law(bank, cfg)
-    print(f"\n| budget | {' | '.join(WEIGHTS)} | no hit |\n{'|---' * 8}|")
+    print(f"\n| budget | {' | '.join(WEIGHTS)} | bias | no hit |\n{'|---' * 9}|")
     generator, errors = np.random.default_rng(cfg.seed), {}
     for name, budget in tqdm(BUDGETS.items(), disable=None):
-        errors[name], missed = take_steps(budget, bank, cfg, generator)
+        errors[name], bias, missed = take_steps(budget, bank, cfg, generator)
         cells = map(compare, errors[name], errors["uniform"])
-        tqdm.write(f"| {name} | {' | '.join(cells)} | {missed:.0%} |")
+        share = bias[0] / errors[name][0].mean()
+        tqdm.write(f"| {name} | {' | '.join(cells)} | {share:.0%} | {missed:.0%} |")
     cells = [f"{mean:.3f}" for mean in errors["uniform"].mean(1)]
-    print(f"| uniform's own | {' | '.join(cells)} | |")
+    print(f"| uniform's own | {' | '.join(cells)} | | |")
 
 
 # ---- The bank
@@ -188,18 +188,20 @@ def estimate_gradients(picks, bank):
 
 
 def take_steps(budget, bank, cfg, generator):
-    """Errors [weights, replicates] by ||truth||², and the share of problems missed."""
+    """Errors [weights, replicates] and squared bias [weights] by ||truth||², misses."""
     size = bank.rewards.shape[1]
     truth, _ = estimate_gradients([np.arange(size)] * len(bank.rates), bank)
-    errors, missed = [], []
+    errors, missed, mean, scale = [], [], 0, (truth**2).sum(1)
     for _ in range(cfg.replicates):
         counts, kept = budget(cfg.each, bank, generator)
         new = [generator.integers(size, size=n - kept.shape[1]) for n in counts]
         picks = [np.append(old, more) for old, more in zip(kept, new)]
         found, hits = estimate_gradients(picks, bank)
-        errors.append(((found - truth) ** 2).sum(1) / (truth**2).sum(1))
+        errors.append(((found - truth) ** 2).sum(1) / scale)
         missed.append(np.mean(hits == 0))
-    return np.array(errors).T, np.mean(missed)
+        mean = mean + found / cfg.replicates
+    bias = ((mean - truth) ** 2).sum(1) / scale
+    return np.array(errors).T, bias, np.mean(missed)
 
 
 # ---- Tables
