@@ -318,7 +318,7 @@ class TorchSampler:
         # A prompt runs once for all its responses, padded on the left with a masked -1.
         prompts = {row.i: torch.tensor(row.prompt_ids) for row in rows}
         ids_BT = rnn.pad_sequence([*prompts.values()], True, -1, "left").to(DEVICE)
-        ids_BT, mask_BT = ids_BT.clamp(min=0), (ids_BT >= 0).long()
+        ids_BT, mask_BT = ids_BT.clamp(0), (ids_BT >= 0).long()
         cache = DynamicCache(config=self.model.config)
 
         limit = self.cfg.max_new_tokens
@@ -465,12 +465,12 @@ def micro_batches(responses, cfg):
 # ---- Problems, run folder, processes
 def check(cfg):
     """Refuses the commonest mistakes before anything is loaded or written."""
-    sizes = cfg.samples_per_problem, cfg.max_new_tokens, cfg.tokens_per_batch
-    sizes += cfg.eval_samples, cfg.eval_every, cfg.save_every
-    if min(*sizes, cfg.temperature, cfg.max_grad_norm) <= 0:
-        raise SystemExit("samples, tokens, eval, save, temperature, norm must exceed 0")
-    if not 0 < cfg.updates_per_step <= cfg.problems_per_step:
-        raise SystemExit("--updates-per-step must be 1 to --problems-per-step")
+    zero = "steps pilot_samples prior alpha clip_low clip_high kl_coef seed"  # may be 0
+    for name, value in asdict(cfg).items():
+        if type(value) in (int, float) and value <= 0 and (value or name not in zero):
+            raise SystemExit(f"--{name.replace('_', '-')} {value} is too small")
+    if cfg.updates_per_step > cfg.problems_per_step:
+        raise SystemExit("--updates-per-step exceeds --problems-per-step")
     if cfg.problems != Config.problems and cfg.eval_problems == Config.eval_problems:
         raise SystemExit("--problems needs --eval-problems other than the tiny ones")
     if cfg.sampler == "vllm" and not find_spec("vllm"):
@@ -521,7 +521,7 @@ def next_problems(problems, step, cfg):
     m = cfg.problems_per_step
     epoch, place = divmod(step, len(problems) // m)
     order = np.random.default_rng([cfg.seed, epoch]).permutation(len(problems))
-    return [problems[i] for i in order[place * m : (place + 1) * m]]
+    return [problems[i] for i in order[place * m :][:m]]
 
 
 def open_run(cfg):
@@ -533,8 +533,8 @@ def open_run(cfg):
     settings = asdict(cfg) | {"script": script, "run_dir": ""}  # folders may move
     if config.is_file():
         saved = json.loads(config.read_text()) | {"steps": cfg.steps}
-        if changed := dict(settings.items() - saved.items()):
-            raise SystemExit(f"{folder} holds a run of other settings than {changed}")
+        if changed := [x for x in settings.items() if x not in saved.items()]:
+            raise SystemExit(f"{folder} has other settings than {dict(changed)}")
 
     progress, history = dict.fromkeys(["step", "responses", "tokens", "seconds"], 0), ""
     checkpoint = max(folder.glob("checkpoint-??????"), default=None)

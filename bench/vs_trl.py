@@ -171,7 +171,7 @@ def report(cfg, results):
     form = "{:.3f} ({:.3f} to {:.3f})".format
     ends = [form(x.mean(), x.min(), x.max()) for x in (trl[2], ours[2])]
     print(f"| accuracy at the end | {' | '.join(ends)} | |")
-    print(f"\n{ours[3].mean():.0%} of our responses had no weight.")
+    print(f"\n{ours[3].mean():.0%} of our responses had an advantage of 0.")
 
 
 if __name__ == "__main__":

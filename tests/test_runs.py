@@ -522,6 +522,17 @@ def test_other_settings_than_those_of_the_run_are_refused(
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+def test_the_folder_of_a_model_is_no_run_and_stays_as_it_is(small, tmp_path):
+    shutil.copytree(ROOT / "tiny" / "model", tmp_path / "model")
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        run("raft", **small, run_dir=str(tmp_path / "model"))
+    assert "other settings" in stop.value.code
+    assert before == {
+        path: path.read_bytes() for path in (tmp_path / "model").iterdir()
+    }
+
+
 def test_a_second_plain_run_has_a_folder_of_its_own(small, tmp_path, monkeypatch):
     small = small | {"model": str(ROOT / "tiny" / "model"), "steps": 0}
     monkeypatch.chdir(tmp_path)

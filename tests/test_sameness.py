@@ -137,7 +137,7 @@ PLANTED = {
     "extra differs": ("# ---- Policy\n", "def extra():\n    pass\n\n\n# ---- Policy\n"),
     "end differs": ("FlagCreatePairsOff,)))", "FlagCreatePairsOff,)))\n# new"),
     "the default of kl_coef differs": ("kl_coef: float = 0.0", "kl_coef: float = 1e-3"),
-    "check lost a line": ("--updates-per-step must", "--updates-per-step should"),
+    "check lost a line": ("--updates-per-step exceeds", "--updates-per-step is above"),
     "the settings differ": ("    steps: int =", "    paces: int ="),
 }
 
